@@ -1,0 +1,74 @@
+"""Partial LoRA: a linear layer whose low-rank delta reaches the image tokens only.
+
+        x (B, T, in_features) ──┬── W x + b ───────────────────────────┐
+                                └── dropout ── A ── B ── × alpha / r ──┤ added where is_image
+        is_image (B, T) ───────────────────────────────────────────────┴──► y (B, T, out_features)
+
+LoRA (arXiv 2106.09685, section 4.1) learns a rank-r delta beside a frozen matrix. InternLM-XComposer2
+(arXiv 2401.16420, section 3.3) gives that delta to image tokens only, so that a language model can
+learn to take pictures in while every text token is computed exactly as before.
+
+Left out on purpose: merging the delta into W (it depends on the token, so it cannot be merged).
+
+B batch, T tokens, r rank.
+"""
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class PLoRALinear(nn.Linear):
+    """`nn.Linear` plus a low-rank delta on the rows where `is_image` is True.
+
+        y = W x + b                                             on text rows
+        y = W x + b + alpha / r * lora_B(lora_A(dropout(x)))    on image rows
+
+    r: rank of the delta; alpha: its scale before the division by r; dropout: probability in [0, 1) on
+    the input of the delta. A fresh layer equals the plain linear everywhere, since lora_B starts at zero.
+
+    The delta is computed for every row and selected with `torch.where`. That keeps all shapes static
+    (no boolean indexing, so no device sync and nothing that breaks graph capture), returns the plain
+    linear's own bits on text rows whatever the adapter holds, and leaves the adapter inside the
+    autograd graph when a batch has no image: its gradient is then exactly zero, not missing, as
+    data-parallel training needs.
+
+    Raises ValueError when r is not positive or `is_image` does not fit x.
+    Source: arXiv 2401.16420, section 3.3, where r = alpha = 256 and dropout = 0.05.
+    """
+
+    def __init__(self, in_features: int, out_features: int, r: int, alpha: float,
+                 dropout: float = 0.0, bias: bool = False):
+        if r < 1:
+            raise ValueError(f"PLoRALinear needs a rank r of at least 1, got {r}")
+        super().__init__(in_features, out_features, bias=bias)
+        self.r, self.alpha, self.dropout = r, alpha, dropout
+        self.lora_A = nn.Parameter(torch.empty(r, in_features))
+        self.lora_B = nn.Parameter(torch.empty(out_features, r))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A random, B zero: the delta starts at zero, yet B gets a gradient from the first step on."""
+        super().reset_parameters()
+        if hasattr(self, "lora_A"):                           # nn.Linear calls this before they exist
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+            nn.init.zeros_(self.lora_B)
+
+    def forward(self, x: Tensor, is_image: Tensor | None = None) -> Tensor:
+        """x (..., in_features), is_image (...) bool -> (..., out_features).
+
+        With `is_image=None` this is the plain linear and the adapter is not touched at all.
+        """
+        y = F.linear(x, self.weight, self.bias)                                   # (..., out_features)
+        if is_image is None:
+            return y
+        if is_image.shape != x.shape[:-1]:
+            raise ValueError(f"is_image must have shape {tuple(x.shape[:-1])}, one flag for each row "
+                             f"of x, got {tuple(is_image.shape)}")
+        low_rank = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)  # (..., r)
+        delta = F.linear(low_rank, self.lora_B) * (self.alpha / self.r)           # (..., out_features)
+        return torch.where(is_image[..., None], y + delta, y)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, r={self.r}, alpha={self.alpha}, dropout={self.dropout}"

@@ -1,0 +1,507 @@
+"""Train the model: `python train.py`, about ten minutes on two CPU cores, no downloads.
+
+    stage      what it sees              who learns (recipe "xcomposer2")      stands for
+    read       text                      decoder                               a pretrained language model
+    see        pictures and text         ViT, Q-Former (ITC + ITM + ITG)       a pretrained BLIP-2
+    align      short, noisy captions     see WHO_LEARNS                        stage 1 of the papers
+    instruct   questions, descriptions   see WHO_LEARNS                        stage 2 of the papers
+
+The papers start from downloaded parts; `read` and `see` (stage 0) make small stand-ins for them. Each stage
+starts from the weight file of the one before and writes its own, `out/<stage>.pt`. At the end the model is
+questioned about pictures it never saw: `metrics.json`, `curves.png` and `samples.png` in `out/`.
+
+    python train.py                           everything, with the preset of your device
+    python train.py --stage instruct          one stage, from out/align.pt
+    python train.py --resume                  go on where an interrupted run stopped
+    python train.py --data my.json            your own pictures and conversations (LLaVA JSON)
+
+Left out on purpose: several GPUs, exponential averages of weights, early stopping.
+"""
+import argparse
+import json
+import math
+import os
+import re
+import time
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from data import (DECODE, END, Collate, Conversations, Sample, SceneSpec, Scenes, Tokenizer, contact_sheet, corpus,
+                  encode_turns)
+from model import MLLM, PARTS, ModelConfig, part_of
+
+STAGES = ("read", "see", "align", "instruct")
+
+# Which parts learn in each stage; all others are frozen. This table decides it, the report prints it.
+WHO_LEARNS = {
+    "xcomposer2": {"read": ("decoder",),
+                   "see": ("vit", "qformer"),
+                   "align": ("vit", "projector", "plora"),
+                   "instruct": ("vit", "projector", "plora", "decoder")},
+}
+
+
+@dataclass(frozen=True)
+class Config(ModelConfig):
+    """A whole run: the model's sizes, how much of what it sees, how it learns, how it is measured."""
+    vocab_size: int = 1024               # at most; the tokenizer stops earlier when no pair repeats
+    image_size: tuple[int, int] = (48, 48)
+    data: str = ""                       # LLaVA JSON to learn from; empty: the built-in scenes
+    val: str = ""                        # LLaVA JSON to be measured on; empty: every 20th record of data
+    images: str = ""                     # folder of their pictures; empty: images/ beside the JSON
+    skip_bad: bool = False               # leave unusable records out instead of stopping
+    recipe: str = "xcomposer2"
+    n_colors: int = 5
+    n_shapes: int = 4
+    n_places: int = 5
+    max_things: int = 3
+    read_turns: int = 2                  # questions about each description; more repeat its words, and what
+                                         # repeats can be matched instead of the description
+    instruct_turns: int = 4              # questions about each picture
+    read_samples: int = 40_000
+    see_samples: int = 40_000
+    align_samples: int = 10_000
+    instruct_samples: int = 20_000
+    batch_size: int = 64                 # samples for each step of the optimizer
+    accumulate: int = 1                  # micro-batches that make up a batch
+    read_lr: float = 6e-3                # peak learning rates of each stage, for Muon
+    see_lr: float = 6e-3
+    align_lr: float = 3e-3
+    instruct_lr: float = 1e-3
+    vision_lr: float = 0.1               # share of the stage's rate that ViT and Q-Former get after `see`
+    adamw_lr: float = 0.5                # share of the stage's rate that all but hidden matrices get
+    weight_decay: float = 0.0
+    warmup: float = 0.05                 # share of the steps until the peak
+    clip: float = 1.0                    # largest norm of the gradient
+    bf16: bool = True                    # matrix products in bfloat16 (autocast)
+    workers: int = 1                     # processes that prepare data
+    eval_samples: int = 1000
+    save_every: int = 200                # steps between two states to resume from
+    seed: int = 0
+
+
+PRESETS = {
+    "cpu": Config(),
+    "gpu": Config(image_size=(112, 112), patch_size=14, vit_dim=384, vit_layers=6, vit_heads=6, qformer_dim=384,
+                  qformer_layers=6, qformer_heads=6, n_queries=32, dim=512, n_layers=8, n_heads=8, n_kv_heads=4,
+                  r=64, alpha=64, n_colors=6, n_places=9, max_things=5, read_turns=3, instruct_turns=6, batch_size=256, workers=12,
+                  read_samples=400_000, see_samples=400_000, align_samples=100_000, instruct_samples=300_000),
+}
+
+
+def model_config(config: Config, tokenizer: Tokenizer) -> ModelConfig:
+    """The model's part of the settings, with the vocabulary that the tokenizer really has."""
+    values = {field.name: getattr(config, field.name) for field in fields(ModelConfig)}
+    return ModelConfig(**values | {"vocab_size": tokenizer.vocab_size})
+
+
+# ---- What a stage trains on -----------------------------------------------------------------------
+
+class Task:
+    """The data of a run: built-in scenes, or your own conversations.
+
+    `train(stage)` is the dataset of a stage, `test` what the model is questioned about in the end.
+    """
+
+    def __init__(self, config: Config):
+        self.config, self.own = config, None
+        self.spec = SceneSpec(config.image_size[0], config.n_colors, config.n_shapes, config.n_places,
+                              config.max_things)
+        n = config.eval_samples
+        if config.data:
+            self.own = Conversations(config.data, config.images, config.skip_bad)
+            held_out = Conversations(config.val, config.images, config.skip_bad) if config.val else self.own.split(20)
+            self.test = {"qa": Subset(held_out, range(min(n, len(held_out))))}
+        else:
+            self.test = {"qa": Scenes(self.spec, "question", n, "test", config.seed),
+                         "qa_unseen": Scenes(self.spec, "question", n, "unseen", config.seed),
+                         "description": Scenes(self.spec, "describe", n // 2, "test", config.seed),
+                         "read": Scenes(self.spec, "read", n // 2, "test", config.seed, n_turns=1)}
+
+    def train(self, stage: str):
+        c = self.config
+        if self.own:
+            return self.own.for_task(stage)
+        return Scenes(self.spec, stage, 2**40, "train", c.seed,
+                      c.read_turns if stage == "read" else c.instruct_turns)
+
+    def batches(self, stage: str, collate: Collate, step: int, steps: int) -> DataLoader:
+        """Micro-batches from `step` on. The order is a function of seed and stage alone, so a resumed run sees
+        just what an uninterrupted one would have seen."""
+        c, dataset = self.config, self.train(stage)
+        start, stop = step * c.batch_size, steps * c.batch_size
+        if self.own:
+            n, order = len(dataset), []
+            for epoch in range(stop // n + 1):
+                generator = torch.Generator().manual_seed(c.seed + 1000 * STAGES.index(stage) + epoch)
+                order += torch.randperm(n, generator=generator).tolist()
+            sampler = order[start:stop]
+        else:
+            first = sum(stage_samples(c, earlier) for earlier in STAGES[:STAGES.index(stage)])
+            sampler = range(first + start, first + stop)      # no scene twice
+        return DataLoader(dataset, c.batch_size // c.accumulate, sampler=sampler, num_workers=c.workers,
+                          collate_fn=collate.pairs if stage == "see" else collate.conversations)
+
+
+def stage_samples(config: Config, stage: str) -> int:
+    return getattr(config, f"{stage}_samples")
+
+
+# ---- How a stage learns ---------------------------------------------------------------------------
+
+def stage_loss(model: MLLM, stage: str, batch: dict[str, Tensor], contrast_share: int = 4) -> Tensor:
+    """nats: answers only, in `see` the sum of BLIP-2's three losses (arXiv 2301.12597, section 3.1)."""
+    if stage != "see":
+        return model(**batch)[1]
+    images, text = batch["images"], batch["text"]
+    features = model.ln_vision(model.vit(images))                                 # (B, P, Dv)
+    to_generate = torch.cat([torch.full_like(text[:, :1], DECODE), text[:, 1:]], dim=1)
+    itg, queries = model.qformer.itg_loss(features, to_generate)
+    n = max(2, len(text) // contrast_share)                   # ITM costs three passes: a part of the batch does
+    features, queries, text = features[:n], queries[:n], text[:n]
+    similarity = model.qformer.similarity(queries, text)                          # (n, n)
+    return itg + model.qformer.itc_loss(similarity) + model.qformer.itm_loss(features, text, similarity)
+
+
+def make_optimizers(model: MLLM, config: Config, stage: str) -> list[torch.optim.Optimizer]:
+    """Muon for the hidden matrices that learn, AdamW for all else that learns; frozen parameters are in neither.
+
+    Muon (torch's own) makes each update orthogonal, which on these small models reaches in one pass what
+    AdamW does not in many; `match_rms_adamw` scales it so that one learning rate fits all shapes.
+    """
+    peak = getattr(config, f"{stage}_lr")
+    groups: dict[type, list] = {torch.optim.Muon: [], torch.optim.AdamW: []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        lr = peak * (config.vision_lr if stage != "see" and part_of(name) in ("vit", "qformer") else 1)
+        if parameter.ndim == 2 and not any(word in name for word in ("embedding", "head")):
+            groups[torch.optim.Muon].append(dict(params=[parameter], lr=lr))
+        else:
+            decay = config.weight_decay if parameter.ndim > 1 else 0.0
+            groups[torch.optim.AdamW].append(dict(params=[parameter], lr=lr * config.adamw_lr, weight_decay=decay))
+    optimizers = [torch.optim.Muon(groups[torch.optim.Muon], weight_decay=config.weight_decay,
+                                   adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(groups[torch.optim.AdamW], betas=(0.9, 0.95))]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """Share of the peak learning rate at a step: linear warm-up, then half a cosine down to 2 %."""
+    warm = max(1, int(warmup * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def autocast(device: torch.device, config: Config):
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.bf16)
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def save_state(path: Path, **state) -> None:
+    """Write all that a run needs to go on as if it had never stopped."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    torch.save(state | dict(cpu_rng=torch.get_rng_state(), cuda_rng=cuda), path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)                # whole or not at all
+
+
+def train_stage(model: MLLM, stage: str, task: Task, collate: Collate, config: Config, out: Path,
+                start: float, state: dict | None = None) -> list[float]:
+    """Run one stage, or the rest of it from `state`, and return the loss of each step."""
+    device = next(model.parameters()).device
+    steps = max(1, stage_samples(config, stage) // config.batch_size)
+    model.train_only(WHO_LEARNS[config.recipe][stage])
+    optimizers, losses = make_optimizers(model, config, stage), []
+    torch.manual_seed(config.seed + STAGES.index(stage))
+    if state:
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        losses = state["losses"]
+        torch.set_rng_state(state["cpu_rng"].cpu())
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu())
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    batches = iter(task.batches(stage, collate, len(losses), steps))
+    bar = tqdm(range(len(losses), steps), stage, steps, initial=len(losses), unit="step", dynamic_ncols=True)
+    for step in bar:
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * schedule(step, steps, config.warmup)
+        total = torch.zeros((), device=device)
+        for _ in range(config.accumulate):
+            with autocast(device, config):
+                loss = stage_loss(model, stage, to_device(next(batches), device)) / config.accumulate
+            loss.backward()
+            total += loss.detach()
+        nn.utils.clip_grad_norm_(learning, config.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        losses.append(total.item())
+        if step % 10 == 0:
+            rate = config.batch_size * (bar.format_dict["rate"] or 0)
+            lr = getattr(config, f"{stage}_lr") * schedule(step, steps, config.warmup)
+            bar.set_postfix_str(f"loss {losses[-1]:.4f}, lr {lr:.1e}, {rate:.0f} samples/s")
+        if (step + 1) % config.save_every == 0 and step + 1 < steps:
+            save_state(out / "resume.pt", config=asdict(config), stage=stage, losses=losses,
+                       seconds=time.time() - start, model=model.state_dict(),
+                       optimizers=[optimizer.state_dict() for optimizer in optimizers])
+    return losses
+
+
+# ---- What came of it ------------------------------------------------------------------------------
+
+def single_questions(samples) -> list[tuple[Sample, str]]:
+    """Each turn of each sample as a question with the true turns before it, and its true answer."""
+    asked = []
+    for sample in samples:
+        for i, (question, truth) in enumerate(sample.turns):
+            turns = sample.turns[:i] + [(question, None)]
+            n_images = sum(text.count("<image>") for text, _ in turns)
+            asked.append((Sample(sample.images[:n_images], turns, sample.kind, sample.name), truth.strip()))
+    return asked
+
+
+def answer(model: MLLM, prompts: list[Sample], collate: Collate, config: Config, blind: bool = False) -> list[str]:
+    """The model's likeliest answer to each prompt. blind: everyone is shown somebody else's pictures."""
+    device, answers = next(model.parameters()).device, []
+    model.eval()
+    for start in range(0, len(prompts), 100):
+        some = prompts[start:start + 100]
+        ids = [torch.tensor(encode_turns(collate.tokenizer, prompt.turns, collate.n_queries, collate.max_len)[0])
+               for prompt in some]
+        images = collate.images(some).roll(int(blind), dims=0).to(device)
+        with autocast(device, config):
+            tokens = torch.stack(list(model.generate(ids, images, 64, END)), dim=1)   # (B, up to 64)
+        answers += [collate.tokenizer.decode(row[:row.index(END)] if END in row else row).strip()
+                    for row in tokens.tolist()]
+    return answers
+
+
+def by_kind(prompts: list[Sample], right: list[bool]) -> dict[str, float]:
+    groups = defaultdict(list)
+    for prompt, is_right in zip(prompts, right):
+        groups[prompt.kind].append(is_right)
+    return {kind: sum(group) / len(group) for kind, group in sorted(groups.items())}
+
+
+def most_frequent(prompts: list[Sample], truths: list[str]) -> list[str]:
+    """The best that can be done from the kind of question alone: always its most frequent answer."""
+    counts = defaultdict(Counter)
+    for prompt, truth in zip(prompts, truths):
+        counts[prompt.kind][truth] += 1
+    return [counts[prompt.kind].most_common(1)[0][0] for prompt in prompts]
+
+
+def examine(model: MLLM, samples, collate: Collate, config: Config) -> tuple[dict, list]:
+    """Exact match on every question of samples: {"all", "blind", "floor": share right, "kinds": {...}}, and
+    each (prompt, answer, truth)."""
+    prompts, truths = zip(*single_questions(samples))
+    results, kinds = {}, {}
+    for name, given in (("all", answer(model, prompts, collate, config)),
+                        ("blind", answer(model, prompts, collate, config, blind=True)),
+                        ("floor", most_frequent(prompts, truths))):
+        right = [mine == truth for mine, truth in zip(given, truths)]
+        results[name], kinds[name] = sum(right) / len(right), by_kind(prompts, right)
+        if name == "all":
+            answered = list(zip(prompts, given, truths))
+    return results | {"kinds": kinds}, answered
+
+
+def attributes_right(described: list[tuple[str, str]]) -> dict[str, float]:
+    """For (description, truth) pairs, how often each attribute of each thing is right, compared in order."""
+    names, pattern = ("where", "size", "color", "shape"), re.compile(r"At the (.+?) is a (\S+) (\S+) (\S+)\.")
+    right, total = Counter(), 0
+    for mine, truth in described:
+        found, things = pattern.findall(mine), pattern.findall(truth)
+        total += len(things)
+        right["things"] += len(found) == len(things)
+        for guess, thing in zip(found, things):
+            right.update(name for name, a, b in zip(names, guess, thing) if a == b)
+    return {name: right[name] / total for name in names} | {"how many": right["things"] / len(described)}
+
+
+def evaluate(model: MLLM, task: Task, collate: Collate, config: Config) -> tuple[dict, list]:
+    """Question the model about what it never saw, print a table, return the metrics and some (prompt, answer,
+    truth) to look at."""
+    metrics, shown = {}, []
+    for name, samples in task.test.items():
+        results, answered = examine(model, samples, collate, config)
+        if name == "description":
+            described = [(mine, truth) for _, mine, truth in answered]
+            metrics |= {"description_exact": results["all"], "description_exact_blind": results["blind"],
+                        "description_attributes": attributes_right(described)}
+        elif name == "read":
+            metrics["reading_accuracy"] = results["all"]
+        else:
+            key = name.replace("qa", "qa_accuracy")
+            metrics |= {key: results["all"], f"{key}_blind": results["blind"], f"{key}_floor": results["floor"],
+                        f"{key}_by_kind": results["kinds"]}
+            shown += answered[:8]
+            print(f"\n{name:12} {'right':>8} {'blind':>8} {'floor':>8}")
+            for kind in results["kinds"]["all"]:
+                print(f"{kind:12} " + " ".join(f"{results['kinds'][column][kind]:8.3f}"
+                                               for column in ("all", "blind", "floor")))
+            print(f"{'all':12} " + " ".join(f"{results[column]:8.3f}" for column in ("all", "blind", "floor")))
+    print("\n" + "\n".join(f"{key}: {value}" for key, value in metrics.items() if isinstance(value, float)))
+    return metrics, shown
+
+
+def draw_curves(losses: dict[str, list[float]], path: Path, width: int = 360, height: int = 240) -> None:
+    """One panel a stage: loss in nats (logarithmic) against steps, smoothed over a fiftieth of the stage."""
+    font, margin = ImageFont.load_default(13), 48
+    sheet = Image.new("RGB", (width * len(losses), height), "white")
+    canvas = ImageDraw.Draw(sheet)
+    for panel, (stage, values) in enumerate(losses.items()):
+        window = max(1, len(values) // 50)
+        smooth = [max(1e-6, sum(part) / len(part)) for part in
+                  (values[i:i + window] for i in range(0, len(values), window))]
+        low, high = math.log(min(smooth)), math.log(max(smooth))
+        left, right, top, bottom = panel * width + margin, (panel + 1) * width - 12, 30, height - 28
+        canvas.rectangle((left, top, right, bottom), outline="gray")
+        points = [(left + (right - left) * i / max(1, len(smooth) - 1),
+                   bottom - (bottom - top) * (math.log(value) - low) / ((high - low) or 1))
+                  for i, value in enumerate(smooth)]
+        canvas.line(points, (45, 85, 215), 2)
+        canvas.text((left, 8), f"{stage}: loss", "black", font)
+        canvas.text((left - 6, top), f"{math.exp(high):.3g}", "black", font, anchor="rt")
+        canvas.text((left - 6, bottom), f"{math.exp(low):.3g}", "black", font, anchor="rb")
+        canvas.text((right, bottom + 6), f"{len(values)} steps", "black", font, anchor="rt")
+    sheet.save(path)
+
+
+def draw_samples(shown: list, path: Path) -> None:
+    """Held-out pictures with question, answer and truth."""
+    shown = [entry for entry in shown if entry[0].images]
+    contact_sheet([prompt.images[0] for prompt, _, _ in shown],
+                  [f"{prompt.turns[-1][0].replace('<image>', '').strip()[:40]}\n"
+                   + (f"{mine[:30]}  (right)" if mine == truth else f"{mine[:30]}  (WRONG: {truth[:30]})")
+                   for prompt, mine, truth in shown], side=256).save(path)
+
+
+# ---- The program ----------------------------------------------------------------------------------
+
+def report(model: MLLM, config: Config, stage: str) -> None:
+    """Print who learns in this stage."""
+    print(f"\n{stage}: {stage_samples(config, stage)} samples, recipe {config.recipe}")
+    for part in PARTS:
+        count = sum(parameter.numel() for name, parameter in model.named_parameters() if part_of(name) == part)
+        learns = part in WHO_LEARNS[config.recipe][stage]
+        print(f"  {part:10} {count:>12,} parameters  {'learns' if learns else 'frozen'}")
+
+
+def model_for(stage: str, config: Config, tokenizer: Tokenizer, out: Path, device: torch.device) -> MLLM:
+    """The model that a stage starts from: a fresh one, or the weight file of the stage before."""
+    if stage == STAGES[0]:
+        torch.manual_seed(config.seed)
+        return MLLM(model_config(config, tokenizer)).to(device)
+    before = out / f"{STAGES[STAGES.index(stage) - 1]}.pt"
+    if not before.exists():
+        raise FileNotFoundError(f"stage {stage!r} starts from {before}, which is not there: run the stages before it")
+    model = MLLM.load(before, device)
+    if stage not in ("read", "see") and model.config.text_branch:
+        model.drop_text_branch()                              # only `see` needs it
+    return model
+
+
+def load_state(path: Path, device: torch.device) -> dict:
+    if not path.exists():
+        raise FileNotFoundError(f"nothing to resume: there is no {path}")
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def fit_image_size(config: Config, conversations: Conversations) -> tuple[int, int]:
+    """(height, width) for own pictures: the preset's size is the shorter side, the longer one follows the shape
+    of the first picture, in whole patches."""
+    pictures = (sample.images[0] for sample in conversations.for_task("see"))
+    width, height = next(pictures).size
+    side, patch = min(config.image_size), config.patch_size
+    return tuple(max(1, round(side * length / min(width, height) / patch)) * patch for length in (height, width))
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line: a flag for each field of `Config`, and a few of this program's own."""
+    parser = argparse.ArgumentParser(description="Train a multimodal language model.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for weights, metrics and pictures")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--preset", choices=PRESETS, help="default: the device's")
+    parser.add_argument("--stage", choices=(*STAGES, "evaluate"), help="run this one alone")
+    parser.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
+    for field in fields(Config):
+        flag = "--" + field.name.replace("_", "-")
+        if field.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
+        elif field.name == "image_size":
+            parser.add_argument(flag, type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), default=argparse.SUPPRESS)
+        else:
+            parser.add_argument(flag, type=field.type, metavar=field.type.__name__.upper(),
+                                default=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def settings(arguments: argparse.Namespace) -> Config:
+    """The preset, with what the command line says over it."""
+    given = {name: value for name, value in vars(arguments).items() if name in Config.__dataclass_fields__}
+    config = replace(PRESETS[arguments.preset or ("gpu" if "cuda" in arguments.device else "cpu")], **given)
+    if config.data and "image_size" not in given:
+        records = Conversations(config.data, config.images, config.skip_bad)
+        config = replace(config, image_size=fit_image_size(config, records))
+    return replace(config, image_size=tuple(config.image_size))
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    out, device = arguments.out, torch.device(arguments.device)
+    out.mkdir(parents=True, exist_ok=True)
+    state = load_state(out / "resume.pt", device) if arguments.resume else None
+    config = Config(**state["config"]) if state else settings(arguments)
+    task = Task(config)
+    first = state["stage"] if state else arguments.stage or STAGES[0]
+    stages = () if first == "evaluate" else (first,) if arguments.stage else STAGES[STAGES.index(first):]
+    if first == STAGES[0] and not state:
+        Tokenizer.train(corpus(task.train("read")), config.vocab_size).save(out / "tokenizer.json")
+    tokenizer = Tokenizer.load(out / "tokenizer.json")
+    collate = Collate(tokenizer, config.n_queries, config.image_size, config.max_len)
+
+    for stage in stages:
+        start = time.time() - (state["seconds"] if state else 0)
+        model = model_for(stage, config, tokenizer, out, device)
+        report(model, config, stage)
+        losses = train_stage(model, stage, task, collate, config, out, start, state)
+        model.save(out / f"{stage}.pt", losses=losses, seconds=time.time() - start)
+        state = None
+    if stages and stages[-1] != STAGES[-1]:
+        return
+
+    start = time.time()
+    model = MLLM.load(out / f"{STAGES[-1]}.pt", device)
+    metrics, shown = evaluate(model, task, collate, config)
+    history = {stage: torch.load(out / f"{stage}.pt", map_location="cpu", weights_only=True) for stage in STAGES}
+    seconds = {stage: history[stage]["seconds"] for stage in STAGES} | {"evaluate": time.time() - start}
+    metrics |= {"seconds": sum(seconds.values()), "seconds_by_stage": seconds, "device": str(device),
+                "config": asdict(config)}
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    draw_curves({stage: history[stage]["losses"] for stage in STAGES}, out / "curves.png")
+    draw_samples(shown, out / "samples.png")
+    print(f"\nafter {metrics['seconds']:.0f} s: {out}/metrics.json, curves.png, samples.png. "
+          f"Try: python sample.py --out {out}")
+
+
+if __name__ == "__main__":
+    main()
