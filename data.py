@@ -254,7 +254,7 @@ def caption(things: list[Thing], rng: random.Random) -> str:
     return " and ".join(parts).capitalize() + "."
 
 
-KINDS = ("color", "shape", "size", "where", "what", "count", "exists", "relation")
+KINDS = ("color", "shape", "size", "where", "count", "exists", "relation")
 DESCRIBE = ("Describe the picture in detail.", "What do you see? Describe everything.",
             "Give a detailed description.")
 
@@ -271,8 +271,6 @@ def ask(kind: str, things: list[Thing], about: Thing, spec: SceneSpec, rng: rand
         return f"How big is the {about.name}?", about.size
     if kind == "where":
         return f"Where is the {about.name}?", about.place
-    if kind == "what":
-        return f"What is at the {about.place}?", f"a {about.size} {about.name}"
     if kind == "count":
         what = rng.choice(["shape", about.shape, about.color + " shape", rng.choice(spec.pairs)[1]])
         return (f"How many {what}s are there?",
@@ -337,6 +335,8 @@ class Scenes(Dataset):
         return random_things(self.spec, rng, self.split == "unseen"), rng
 
     def __getitem__(self, i: int) -> Sample:
+        if not 0 <= i < self.length:
+            raise IndexError(f"scene {i} of {self.length}")
         things, rng = self.things(i)
         images = [] if self.task == "read" else [draw(things, self.spec.image_size, rng)]
         kind, turns = self.task, [("<image>", describe(things))]
@@ -348,9 +348,11 @@ class Scenes(Dataset):
             kind, question, answer = ask_any(things, self.spec, rng, self.split == "unseen")
             turns = [("<image> " + question, answer)]
         elif self.task in ("read", "instruct"):
-            turns = [(rng.choice(DESCRIBE), describe(things)) if rng.random() < 0.1
-                     else ask_any(things, self.spec, rng)[1:] for _ in range(self.n_turns)]
-            turns = list(dict(turns).items())                 # no question twice
+            if rng.random() < 0.1:
+                turns = [(rng.choice(DESCRIBE), describe(things))]
+            else:
+                turns = [ask_any(things, self.spec, rng)[1:] for _ in range(self.n_turns)]
+                turns = list(dict(turns).items())             # no question twice
             picture = describe(things) if self.task == "read" else "<image>"
             turns[0] = f"{picture} {turns[0][0]}", turns[0][1]
         return Sample(images, turns, kind, f"scene {i}")

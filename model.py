@@ -113,15 +113,16 @@ class ViT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Matrices, positions and class token N(0, 0.02), biases 0; the patch convolution torch's way."""
+        """Positions and class token N(0, 0.3), as loud as the patches; matrices N(0, 1 / fan-in), but zero
+        where the MLPs write to the residual stream; biases zero."""
         for parameter in (self.position_embedding, self.class_token):
             if parameter is not None:
-                nn.init.normal_(parameter, std=0.02)
-        for module in self.modules():
+                nn.init.normal_(parameter, std=0.3)
+        for name, module in self.named_modules():
             if isinstance(module, (nn.LayerNorm, nn.Conv2d)):
                 module.reset_parameters()
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=0.0 if name.endswith("mlp.2") else module.in_features ** -0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
@@ -314,7 +315,7 @@ class GPT(nn.Module):
 
     def reset_parameters(self) -> None:
         """Embeddings N(0, 1), so that blocks add to them rather than drown them; matrices N(0, 1 / fan-in),
-        but zero where they write to the residual stream: a fresh block passes its input on.
+        but zero where the feed-forward networks write to the residual stream.
 
         To answer from what was said before, a decoder must look back and must match, which small ones find
         late. `look_back` (in the first block, if it has biases) and `match_alike` let them start with it.
@@ -323,7 +324,7 @@ class GPT(nn.Module):
             if isinstance(module, (nn.RMSNorm, nn.Embedding, PLoRALinear)):
                 module.reset_parameters()
             if isinstance(module, nn.Linear):
-                std = 0.0 if name.endswith(("wo", "w2")) else module.in_features ** -0.5
+                std = 0.0 if name.endswith("w2") else module.in_features ** -0.5
                 nn.init.normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -473,27 +474,32 @@ class MLLM(nn.Module):
         """images (N, 3, height, width), pixels in [-1, 1] -> rows for the decoder (N, Q, D)."""
         return self.projector(self.qformer(self.ln_vision(self.vit(images))))
 
-    def embed(self, input_ids: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    def embed(self, input_ids: Tensor, images: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Token embeddings, with the rows of the images in the place of their placeholders.
 
         input_ids (B, T) with Q times `image_id` for each image, images (N, 3, height, width) in the order
-        of their placeholders. Returns (B, T, D) and is_image (B, T) bool.
+        of their placeholders, or None for text alone. Returns (B, T, D) and is_image (B, T) bool, or None.
         Raises ValueError when the placeholders are not those of N images.
         """
         is_image = input_ids == self.config.image_id                              # (B, T)
+        n_images = 0 if images is None else len(images)
         found, Q = int(is_image.sum()), self.config.n_queries
-        if found != len(images) * Q:
-            raise ValueError(f"got {len(images)} images, {len(images) * Q} rows at {Q} each, but the text has "
-                             f"{found} placeholders, room for {found / Q:g} images")
+        if found != n_images * Q:
+            raise ValueError(f"got {n_images} images, {n_images * Q} rows at {Q} each, but the text has {found} "
+                             f"placeholders, room for {found / Q:g} images")
         x = self.decoder.token_embedding(input_ids)                               # (B, T, D)
+        if images is None:
+            return x, None
         rows = self.encode_images(images).flatten(0, 1).to(x.dtype)               # (N Q, D)
         rows = F.pad(rows, (0, 0, 0, 1))                      # row -1, for texts before any image
         index = is_image.flatten().cumsum(0).view_as(input_ids) - 1               # (B, T)
         return torch.where(is_image[..., None], rows[index], x), is_image
 
-    def forward(self, input_ids: Tensor, images: Tensor, labels: Tensor | None = None):
+    def forward(self, input_ids: Tensor, images: Tensor | None, labels: Tensor | None = None):
         """input_ids (B, T) right-padded, images (N, 3, height, width), labels (B, T) or None.
 
+        images None: text alone, nothing but the plain decoder runs. An empty tensor of images instead keeps
+        the adapters in the graph with gradients of zero, as a mixed batch would.
         labels hold the id to predict *at* each position, -100 where nothing is learned (all but answers).
         Returns logits (B, T, V) and the loss in nats per trained token, or None without labels.
         Padding needs no mask: it stands behind all that is read, and causal attention looks back only.

@@ -72,7 +72,7 @@ class Config(ModelConfig):
     batch_size: int = 64                 # samples for each step of the optimizer
     accumulate: int = 1                  # micro-batches that make up a batch
     read_lr: float = 6e-3                # peak learning rates of each stage, for Muon
-    see_lr: float = 6e-3
+    see_lr: float = 4e-3
     align_lr: float = 3e-3
     instruct_lr: float = 1e-3
     vision_lr: float = 0.1               # share of the stage's rate that ViT and Q-Former get after `see`
@@ -158,6 +158,8 @@ def stage_samples(config: Config, stage: str) -> int:
 
 def stage_loss(model: MLLM, stage: str, batch: dict[str, Tensor], contrast_share: int = 4) -> Tensor:
     """nats: answers only, in `see` the sum of BLIP-2's three losses (arXiv 2301.12597, section 3.1)."""
+    if stage == "read":
+        return model(batch["input_ids"], None, batch["labels"])[1]
     if stage != "see":
         return model(**batch)[1]
     images, text = batch["images"], batch["text"]

@@ -1,0 +1,234 @@
+"""Who learns, in which order, to which loss, and whether a run can be interrupted without a trace."""
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import train
+from data import END, Collate, Sample, Scenes, Tokenizer, corpus
+from model import MLLM, PARTS, part_of
+
+TINY = dict(vit_dim=16, vit_layers=1, vit_heads=2, qformer_dim=16, qformer_layers=2, qformer_heads=2, n_queries=2,
+            dim=24, n_layers=2, n_heads=2, n_kv_heads=1, r=2, batch_size=4, read_samples=12, see_samples=12,
+            align_samples=12, instruct_samples=12, eval_samples=6, workers=0, bf16=False, qformer_dropout=0.1,
+            lora_dropout=0.1, save_every=2)
+
+
+def flags(**values) -> list[str]:
+    values = TINY | values
+    words = [f"--{'no-' if value is False else ''}{name.replace('_', '-')}" if isinstance(value, bool)
+             else f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+    return ["train.py", "--device=cpu", *words]
+
+
+def run(monkeypatch, out, *more, **values):
+    monkeypatch.setattr("sys.argv", [*flags(**values), f"--out={out}", *more])
+    train.main()
+
+
+def weights(out, stage="instruct"):
+    return torch.load(out / f"{stage}.pt", weights_only=True)["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole run on a model of a few thousand parameters."""
+    out = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, out)
+    return out
+
+
+@pytest.fixture
+def parts():
+    """A tiny model whose parameters are all away from zero, with data for it."""
+    config = train.Config(**TINY)
+    task = train.Task(config)
+    tokenizer = Tokenizer.train(corpus(task.train("read"), 50), 400)
+    torch.manual_seed(0)
+    model = MLLM(train.model_config(config, tokenizer))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    torch.nn.init.constant_(model.qformer.temperature, 0.07)
+    return config, task, model, Collate(tokenizer, config.n_queries, config.image_size, config.max_len)
+
+
+@pytest.mark.parametrize("stage", train.STAGES)
+def test_each_stage_changes_exactly_the_parts_its_table_lists(stage, parts, tmp_path):
+    config, task, model, collate = parts
+    config = train.replace(config, **{f"{stage}_samples": config.batch_size})
+    if stage in ("align", "instruct"):
+        model.drop_text_branch()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    train.train_stage(model, stage, train.Task(config), collate, config, tmp_path, 0.0)
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    learns = train.WHO_LEARNS[config.recipe][stage]
+    listed = {name for name in before if part_of(name) in learns}
+    # Nothing reads the image rows after the last attention has read their keys and values, so all later
+    # adapters of the last block have a gradient of zero.
+    unread = {name for name in listed if "lora_" in name and "blocks.1." in name and "wqkv" not in name}
+    assert changed == listed - unread
+
+
+@pytest.mark.parametrize("recipe", train.WHO_LEARNS)
+def test_the_table_names_every_stage_and_only_real_parts(recipe):
+    assert tuple(train.WHO_LEARNS[recipe]) == train.STAGES
+    assert all(set(learns) <= set(PARTS) for learns in train.WHO_LEARNS[recipe].values())
+
+
+def test_frozen_parameters_are_in_no_optimizer_and_vision_learns_slower_after_see(parts):
+    config, _, model, _ = parts
+    model.train_only(("vit", "projector", "plora"))
+    groups = [group for optimizer in train.make_optimizers(model, config, "align") for group in optimizer.param_groups]
+    lr = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    assert lr.keys() == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    vit, plora = model.vit.blocks[0].qkv.weight, model.decoder.blocks[0].attention.wo.lora_A
+    assert lr[id(vit)] == pytest.approx(config.vision_lr * lr[id(plora)])
+
+
+def test_schedule_warms_up_to_the_peak_then_falls():
+    rates = [train.schedule(step, 100, 0.1) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[10] == 1 and rates[55] == pytest.approx(0.51) and 0.02 < rates[99] < 0.021
+    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_eight_samples_are_learned_by_heart(parts):
+    config, task, model, collate = parts
+    model.reset_parameters()
+    model.train_only(("projector", "plora", "decoder"))
+    samples = Scenes(task.spec, "question", 8)
+    batch = collate.conversations([samples[i] for i in range(8)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        loss = train.stage_loss(model.eval(), "instruct", batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.01
+    answers = train.answer(model, [prompt for prompt, _ in train.single_questions(samples)], collate, config)
+    assert answers == [samples[i].turns[0][1] for i in range(8)]
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(stop_after, finished, tmp_path, monkeypatch):
+    save_state, saved = train.save_state, []
+
+    def save_then_stop(path, **state):
+        save_state(path, **state)
+        saved.append(path)
+        if len(saved) == stop_after:                          # in the first stage, or two stages later
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_state", save_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, tmp_path)
+    run(monkeypatch, tmp_path, "--resume")
+    for stage in train.STAGES:
+        assert same(weights(tmp_path, stage), weights(finished, stage))
+        assert torch.load(tmp_path / f"{stage}.pt")["losses"] == torch.load(finished / f"{stage}.pt")["losses"]
+
+
+def test_one_stage_alone_equals_that_stage_of_a_whole_run(finished, tmp_path, monkeypatch):
+    for name in ("tokenizer.json", "align.pt", "see.pt", "read.pt"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    run(monkeypatch, tmp_path, "--stage=instruct")
+    assert same(weights(tmp_path), weights(finished))
+
+
+def test_a_later_batch_is_the_same_whether_or_not_the_earlier_ones_were_drawn(parts):
+    config, task, _, collate = parts
+    late = next(iter(task.batches("instruct", collate, 2, 3)))
+    assert all(torch.equal(late[name], list(task.batches("instruct", collate, 0, 3))[2][name]) for name in late)
+
+
+def test_metrics_hold_every_promised_number_and_the_pictures_exist(finished):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    for key in ("qa_accuracy", "qa_accuracy_blind", "qa_accuracy_floor", "qa_accuracy_unseen", "description_exact",
+                "reading_accuracy", "seconds"):
+        assert isinstance(metrics[key], (int, float)), key
+    assert set(metrics["seconds_by_stage"]) == {*train.STAGES, "evaluate"}
+    for name in ("curves.png", "samples.png"):
+        assert Image.open(finished / name).width > 300
+
+
+def test_the_text_branch_is_gone_after_see(finished):
+    has = {stage: any("text_ffn" in name for name in weights(finished, stage)) for stage in train.STAGES}
+    assert has == {"read": True, "see": True, "align": False, "instruct": False}
+
+
+def own_data(folder, n=6):
+    """LLaVA JSON about wide pictures: red ones and blue ones."""
+    (folder / "images").mkdir()
+    records = []
+    for i in range(n):
+        color = ("red", "blue")[i % 2]
+        Image.new("RGB", (64, 32), color).save(folder / "images" / f"{i}.png")
+        records.append({"id": i, "image": f"{i}.png", "conversations": [
+            {"from": "human", "value": "<image>\nWhat color?"}, {"from": "gpt", "value": color}]})
+    (folder / "data.json").write_text(json.dumps(records))
+    return folder / "data.json"
+
+
+def test_own_wide_pictures_train_through_all_stages(tmp_path, monkeypatch):
+    data = own_data(tmp_path)
+    run(monkeypatch, tmp_path / "out", data=data, val=data)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["config"]["image_size"] == [48, 96]
+    assert metrics["qa_accuracy_floor"] == 0.5 and "qa_accuracy" in metrics
+
+
+def test_without_a_second_file_the_pictures_to_measure_on_are_not_trained_on(tmp_path):
+    task = train.Task(train.Config(**TINY, data=str(own_data(tmp_path, 40))))
+    measured = {sample.name for sample in (task.test["qa"][i] for i in range(len(task.test["qa"])))}
+    trained = {task.train("instruct")[i].name for i in range(len(task.train("instruct")))}
+    assert len(measured) == 2 and len(trained) == 38 and not measured & trained
+
+
+def test_each_turn_is_asked_with_the_true_turns_before_it():
+    a, b = Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8))
+    sample = Sample([a, b], [("<image> q1", " a1 "), ("q2", "a2"), ("<image> q3", "a3")], "kind")
+    (first, truth1), (second, truth2), (third, truth3) = train.single_questions([sample])
+    assert (truth1, truth2, truth3) == ("a1", "a2", "a3")
+    assert first.turns == [("<image> q1", None)] and first.images == [a]
+    assert second.turns == [("<image> q1", " a1 "), ("q2", None)] and second.images == [a]
+    assert third.images == [a, b]
+
+
+def test_blind_shows_each_question_the_picture_of_another(parts, monkeypatch):
+    config, _, model, collate = parts
+    seen = []
+
+    def generate(ids, images, *rest):
+        seen.append(images)
+        yield torch.full((len(ids),), END)
+
+    monkeypatch.setattr(model, "generate", generate)
+    prompts = [Sample([Image.new("RGB", (48, 48), color)], [("<image>", None)]) for color in ("red", "blue", "lime")]
+    for blind in (False, True):
+        train.answer(model, prompts, collate, config, blind)
+    assert torch.equal(seen[1], seen[0][[2, 0, 1]])
+
+
+def test_the_floor_is_the_most_frequent_answer_of_each_kind():
+    prompts = [Sample([], [], kind) for kind in "aaabb"]
+    assert train.most_frequent(prompts, ["x", "y", "x", "z", "z"]) == ["x", "x", "x", "z", "z"]
+
+
+def test_attributes_are_counted_thing_by_thing():
+    truth = "At the top is a large red circle. At the left is a small blue star."
+    mine = "At the top is a small red circle."
+    right = train.attributes_right([(mine, truth), (truth, truth)])
+    assert right == {"where": 3 / 4, "size": 2 / 4, "color": 3 / 4, "shape": 3 / 4, "how many": 1 / 2}
+
+
+def test_starting_in_the_middle_without_weights_says_what_is_missing(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        run(monkeypatch, tmp_path, "--resume")
+    with pytest.raises(FileNotFoundError, match="tokenizer.json"):
+        run(monkeypatch, tmp_path, "--stage=align")
