@@ -16,6 +16,7 @@ B texts, N images, T tokens, Q rows for each image.
 import copy
 import json
 import math
+import os
 import random
 import re
 from collections import Counter, defaultdict
@@ -396,7 +397,7 @@ def parse_record(record, folder: Path, name: str) -> tuple[list[Path], list[tupl
         raise BadRecord(f"{name}: {placeholders} <image> placeholders in the text, but {len(images)} images")
     paths = [folder / image for image in images]
     for path in paths:
-        if not path.is_file():
+        if not os.path.isfile(path):                          # False, too, for names no file can have
             raise BadRecord(f"{name}: no image file {path}")
     return paths, turns
 

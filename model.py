@@ -169,8 +169,11 @@ def make_projector(kind: str, in_dim: int, out_dim: int, hidden_dim: int | None 
 
     kind: "linear"; "mlpNx_gelu", N linears with GELU between them (LLaVA's is "mlp2x_gelu"); "mlp", two
     linears through hidden_dim with a chosen activation; "identity". normalization adds a LayerNorm of
-    the output. Raises ValueError for an unknown kind or an identity between different widths.
+    the output. Raises ValueError for an unknown kind or activation, or an identity between
+    different widths.
     """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}: use one of {', '.join(ACTIVATIONS)}")
     if kind == "linear":
         layers = [nn.Linear(in_dim, out_dim)]
     elif kind == "mlp":
@@ -415,7 +418,9 @@ def pick_token(logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: 
     if top_k:
         ordered[:, top_k:] = float("-inf")
     probability = ordered.softmax(dim=-1)
-    probability[probability.cumsum(dim=-1) - probability >= top_p] = 0            # never the first
+    excess = probability.cumsum(dim=-1) - probability >= top_p                    # (B, V)
+    excess[:, 0] = False                                      # the likeliest always stays
+    probability[excess] = 0
     drawn = torch.multinomial(probability, 1, generator=generator)                # (B, 1)
     return ids.gather(1, drawn)[:, 0]
 
@@ -513,25 +518,26 @@ class MLLM(nn.Module):
         return logits, loss
 
     @torch.no_grad()
-    def generate(self, prompts: list[Tensor], images: Tensor, max_new_tokens: int, stop_id: int,
+    def generate(self, prompts: list[Tensor], images: Tensor | None, max_new_tokens: int, stop_id: int,
                  temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
                  generator: torch.Generator | None = None) -> Iterator[Tensor]:
         """Answer B prompts at once, yielding the next token of each, (B,) ids, as soon as it is known.
 
-        prompts: B tensors of ids, lengths may differ; images (N, 3, height, width) for all of them in order.
-        A row that has yielded stop_id goes on yielding it until all rows have stopped. The rest: see
+        prompts: B tensors of ids, lengths may differ; images (N, 3, height, width) for all of them in order, or
+        None. A row that has yielded stop_id goes on yielding it until all rows have stopped. The rest: see
         `pick_token`. The model should be in eval mode. Raises ValueError when prompt and answer would not
         fit in max_len.
         """
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=images.device)
+        device = self.ln_vision.weight.device
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         T, limit = int(lengths.max()), self.config.max_len
         if T + max_new_tokens > limit:
             raise ValueError(f"a prompt of {T} tokens and an answer of up to {max_new_tokens} do not fit in "
                              f"max_len {limit}")
         input_ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=self.config.pad_id)
-        x, is_image = self.embed(input_ids.to(images.device), images)
+        x, is_image = self.embed(input_ids.to(device), images)
         cache = self.decoder.new_cache(len(prompts), T + max_new_tokens)
-        last = torch.arange(len(prompts), device=images.device), lengths - 1
+        last = torch.arange(len(prompts), device=device), lengths - 1
         logits = self.decoder(x, is_image, cache=cache)[last]                     # (B, V)
         stopped = torch.zeros_like(lengths, dtype=torch.bool)
         for step in range(max_new_tokens):

@@ -66,7 +66,8 @@ class PLoRALinear(nn.Linear):
         if is_image.shape != x.shape[:-1]:
             raise ValueError(f"is_image must have shape {tuple(x.shape[:-1])}, one flag for each row "
                              f"of x, got {tuple(is_image.shape)}")
-        low_rank = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)  # (..., r)
+        learns = self.training and self.lora_A.requires_grad  # a frozen adapter drops nothing
+        low_rank = F.linear(F.dropout(x, self.dropout, learns), self.lora_A)      # (..., r)
         delta = F.linear(low_rank, self.lora_B) * (self.alpha / self.r)           # (..., out_features)
         return torch.where(is_image[..., None], y + delta, y)
 

@@ -75,6 +75,8 @@ class Config(ModelConfig):
     see_lr: float = 4e-3
     align_lr: float = 3e-3
     instruct_lr: float = 1e-3
+    contrast_every: int = 4              # ITC and ITM take one sample in so many
+    contrast_weight: float = 0.1         # of ITC and ITM beside ITG
     vision_lr: float = 0.1               # share of the stage's rate that ViT and Q-Former get after `see`
     adamw_lr: float = 0.5                # share of the stage's rate that all but hidden matrices get
     weight_decay: float = 0.0
@@ -156,8 +158,12 @@ def stage_samples(config: Config, stage: str) -> int:
 
 # ---- How a stage learns ---------------------------------------------------------------------------
 
-def stage_loss(model: MLLM, stage: str, batch: dict[str, Tensor], contrast_share: int = 4) -> Tensor:
-    """nats: answers only, in `see` the sum of BLIP-2's three losses (arXiv 2301.12597, section 3.1)."""
+def stage_loss(model: MLLM, stage: str, batch: dict[str, Tensor], config: Config) -> Tensor:
+    """nats: answers only, in `see` BLIP-2's three losses (arXiv 2301.12597, section 3.1).
+
+    Differs: ITC and ITM run on a part of the batch, since ITM alone costs three passes, and with less weight,
+    since on scenes this simple generation teaches more.
+    """
     if stage == "read":
         return model(batch["input_ids"], None, batch["labels"])[1]
     if stage != "see":
@@ -166,10 +172,11 @@ def stage_loss(model: MLLM, stage: str, batch: dict[str, Tensor], contrast_share
     features = model.ln_vision(model.vit(images))                                 # (B, P, Dv)
     to_generate = torch.cat([torch.full_like(text[:, :1], DECODE), text[:, 1:]], dim=1)
     itg, queries = model.qformer.itg_loss(features, to_generate)
-    n = max(2, len(text) // contrast_share)                   # ITM costs three passes: a part of the batch does
+    n = max(2, len(text) // config.contrast_every)
     features, queries, text = features[:n], queries[:n], text[:n]
     similarity = model.qformer.similarity(queries, text)                          # (n, n)
-    return itg + model.qformer.itc_loss(similarity) + model.qformer.itm_loss(features, text, similarity)
+    itc, itm = model.qformer.itc_loss(similarity), model.qformer.itm_loss(features, text, similarity)
+    return itg + config.contrast_weight * (itc + itm)
 
 
 def make_optimizers(model: MLLM, config: Config, stage: str) -> list[torch.optim.Optimizer]:
@@ -247,7 +254,8 @@ def train_stage(model: MLLM, stage: str, task: Task, collate: Collate, config: C
         total = torch.zeros((), device=device)
         for _ in range(config.accumulate):
             with autocast(device, config):
-                loss = stage_loss(model, stage, to_device(next(batches), device)) / config.accumulate
+                loss = stage_loss(model, stage, to_device(next(batches), device), config)
+                loss = loss / config.accumulate
             loss.backward()
             total += loss.detach()
         nn.utils.clip_grad_norm_(learning, config.clip)

@@ -106,7 +106,7 @@ def test_eight_samples_are_learned_by_heart(parts):
     batch = collate.conversations([samples[i] for i in range(8)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(150):
-        loss = train.stage_loss(model.eval(), "instruct", batch)
+        loss = train.stage_loss(model.eval(), "instruct", batch, config)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
