@@ -349,8 +349,11 @@ class Scenes(Dataset):
             kind, question, answer = ask_any(things, self.spec, rng, self.split == "unseen")
             turns = [("<image> " + question, answer)]
         elif self.task in ("read", "instruct"):
-            if rng.random() < 0.1:
+            kind_of_turns = rng.random()
+            if kind_of_turns < (0.03 if self.task == "read" else 0.2):
                 turns = [(rng.choice(DESCRIBE), describe(things))]
+            elif self.task == "read" and kind_of_turns < 0.06:    # as in `align`, with the picture in words
+                turns = [("", caption(things, rng))]
             else:
                 turns = [ask_any(things, self.spec, rng)[1:] for _ in range(self.n_turns)]
                 turns = list(dict(turns).items())             # no question twice

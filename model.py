@@ -232,7 +232,7 @@ class GPTAttention(nn.Module):
     @torch.no_grad()
     def match_alike(self) -> None:
         """Start each key projection as a copy of a query projection that reads it, so that from the first step
-        on a token attends to tokens like itself. Source: mimetic initialisation, arXiv 2305.09828, section 4."""
+        on a token attends to tokens like itself. Source: the idea of mimetic initialisation, arXiv 2305.09828."""
         q = self.wqkv.weight[:self.n_heads * self.head_dim].unflatten(0, (self.n_kv_heads, -1, self.head_dim))
         self.wqkv.weight[self.n_heads * self.head_dim:].unflatten(0, (2, -1))[0] = q[:, 0].flatten(0, 1)
 

@@ -5,7 +5,7 @@
         is_image (B, T) ───────────────────────────────────────────────┴──► y (B, T, out_features)
 
 LoRA (arXiv 2106.09685, section 4.1) learns a rank-r delta beside a frozen matrix. InternLM-XComposer2
-(arXiv 2401.16420, section 3.3) gives that delta to image tokens only, so that a language model can
+(arXiv 2401.16420, section 3) gives that delta to image tokens only, so that a language model can
 learn to take pictures in while every text token is computed exactly as before.
 
 Left out on purpose: merging the delta into W (it depends on the token, so it cannot be merged).
@@ -35,7 +35,7 @@ class PLoRALinear(nn.Linear):
     data-parallel training needs.
 
     Raises ValueError when r is not positive or `is_image` does not fit x.
-    Source: arXiv 2401.16420, section 3.3, where r = alpha = 256 and dropout = 0.05.
+    Source: arXiv 2401.16420, section 3, where r = alpha = 256 and dropout = 0.05.
     """
 
     def __init__(self, in_features: int, out_features: int, r: int, alpha: float,

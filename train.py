@@ -1,10 +1,10 @@
 """Train the model: `python train.py`, about ten minutes on two CPU cores, no downloads.
 
-    stage      what it sees              who learns (recipe "xcomposer2")      stands for
-    read       text                      decoder                               a pretrained language model
-    see        pictures and text         ViT, Q-Former (ITC + ITM + ITG)       a pretrained BLIP-2
-    align      short, noisy captions     see WHO_LEARNS                        stage 1 of the papers
-    instruct   questions, descriptions   see WHO_LEARNS                        stage 2 of the papers
+    stage      what it sees               what it stands for
+    read       text                       a pretrained language model
+    see        pictures and their text    a pretrained BLIP-2 (losses ITC + ITM + ITG)
+    align      short, noisy captions      stage 1 of the papers
+    instruct   questions, descriptions    stage 2 of the papers
 
 The papers start from downloaded parts; `read` and `see` (stage 0) make small stand-ins for them. Each stage
 starts from the weight file of the one before and writes its own, `out/<stage>.pt`. At the end the model is
@@ -40,7 +40,13 @@ from model import MLLM, PARTS, ModelConfig, part_of
 STAGES = ("read", "see", "align", "instruct")
 
 # Which parts learn in each stage; all others are frozen. This table decides it, the report prints it.
+# "xcomposer2" is as published (arXiv 2401.16420, section 3); "frozen_vision" keeps what `see` has learned,
+# as MiniGPT-4 does, and is faster.
 WHO_LEARNS = {
+    "frozen_vision": {"read": ("decoder",),
+                      "see": ("vit", "qformer"),
+                      "align": ("projector", "plora"),
+                      "instruct": ("projector", "plora", "decoder")},
     "xcomposer2": {"read": ("decoder",),
                    "see": ("vit", "qformer"),
                    "align": ("vit", "projector", "plora"),
@@ -57,24 +63,24 @@ class Config(ModelConfig):
     val: str = ""                        # LLaVA JSON to be measured on; empty: every 20th record of data
     images: str = ""                     # folder of their pictures; empty: images/ beside the JSON
     skip_bad: bool = False               # leave unusable records out instead of stopping
-    recipe: str = "xcomposer2"
+    recipe: str = "frozen_vision"
     n_colors: int = 5
     n_shapes: int = 4
     n_places: int = 5
     max_things: int = 3
     read_turns: int = 2                  # questions about each description; more repeat its words, and what
                                          # repeats can be matched instead of the description
-    instruct_turns: int = 4              # questions about each picture
-    read_samples: int = 40_000
+    instruct_turns: int = 3              # questions about each picture
+    read_samples: int = 60_000
     see_samples: int = 40_000
-    align_samples: int = 10_000
-    instruct_samples: int = 20_000
+    align_samples: int = 6_400
+    instruct_samples: int = 24_000
     batch_size: int = 64                 # samples for each step of the optimizer
     accumulate: int = 1                  # micro-batches that make up a batch
-    read_lr: float = 6e-3                # peak learning rates of each stage, for Muon
+    read_lr: float = 3.5e-3                # peak learning rates of each stage, for Muon
     see_lr: float = 4e-3
     align_lr: float = 3e-3
-    instruct_lr: float = 1e-3
+    instruct_lr: float = 3e-3
     contrast_every: int = 4              # ITC and ITM take one sample in so many
     contrast_weight: float = 0.1         # of ITC and ITM beside ITG
     vision_lr: float = 0.1               # share of the stage's rate that ViT and Q-Former get after `see`

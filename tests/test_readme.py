@@ -1,0 +1,40 @@
+"""What the README says, where it can be checked."""
+import re
+import shlex
+from pathlib import Path
+
+import sample
+import train
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_table_of_who_learns_is_the_one_in_the_code():
+    rows = re.findall(r"^\| (read|see|align|instruct) \|(.+)\|$", README, re.MULTILINE)
+    stated = {stage: {part for part, cell in zip(train.PARTS, cells.split("|")[1:]) if "learns" in cell}
+              for stage, cells in rows}
+    assert stated == {stage: set(parts) for stage, parts in train.WHO_LEARNS[train.Config().recipe].items()}
+
+
+def test_every_module_is_in_the_reading_order_and_there_is_no_other():
+    named = set(re.findall(r"^\| \[(\w+\.py)\]", README, re.MULTILINE))
+    assert named == {path.name for path in ROOT.glob("*.py")}
+
+
+def test_the_commands_parse(monkeypatch):
+    commands = re.findall(r"^ *python ((?:train|sample)\.py[^#\n]*)", README, re.MULTILINE)
+    assert len(commands) > 4
+    for command in commands:
+        monkeypatch.setattr("sys.argv", shlex.split(command))
+        (train if command.startswith("train") else sample).parse_arguments()
+
+
+def test_the_code_to_copy_runs(monkeypatch):
+    code = re.search(r"```python\n(.+?)```", README, re.DOTALL)[1]
+    code = code.replace("4096, 4096, r=256", "8, 8, r=2").replace("768, n_layers=12", "24, n_layers=2")
+    code = code.replace("encoder_width=1408", "encoder_width=16")
+    names = {"x": train.torch.randn(1, 3, 8), "is_image": train.torch.tensor([[True, False, False]]),
+             "image_features": train.torch.randn(2, 5, 16)}
+    exec(code, names)
+    assert names["y"].shape == (1, 3, 8) and names["rows"].shape == (2, 32, 24)
