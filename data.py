@@ -335,6 +335,23 @@ class Scenes(Dataset):
         rng = random.Random(f"{self.seed} {self.split} {i}")
         return random_things(self.spec, rng, self.split == "unseen"), rng
 
+    def conversation(self, things: list[Thing], rng: random.Random) -> list[tuple[str, str]]:
+        """Questions and answers, or now and then a description; for `read` with the picture in words.
+
+        Descriptions are rare in `read`: there they are copies, easy tokens that crowd out the answers which
+        must be looked up. Captions are in it so that the decoder knows how to write what `align` asks for.
+        """
+        lot = rng.random()
+        if lot < (0.03 if self.task == "read" else 0.2):
+            turns = [(rng.choice(DESCRIBE), describe(things))]
+        elif self.task == "read" and lot < 0.06:
+            turns = [("", caption(things, rng))]
+        else:
+            turns = [ask_any(things, self.spec, rng)[1:] for _ in range(self.n_turns)]
+            turns = list(dict(turns).items())                 # no question twice
+        picture = describe(things) if self.task == "read" else "<image>"
+        return [(f"{picture} {turns[0][0]}", turns[0][1]), *turns[1:]]
+
     def __getitem__(self, i: int) -> Sample:
         if not 0 <= i < self.length:
             raise IndexError(f"scene {i} of {self.length}")
@@ -349,16 +366,7 @@ class Scenes(Dataset):
             kind, question, answer = ask_any(things, self.spec, rng, self.split == "unseen")
             turns = [("<image> " + question, answer)]
         elif self.task in ("read", "instruct"):
-            kind_of_turns = rng.random()
-            if kind_of_turns < (0.03 if self.task == "read" else 0.2):
-                turns = [(rng.choice(DESCRIBE), describe(things))]
-            elif self.task == "read" and kind_of_turns < 0.06:    # as in `align`, with the picture in words
-                turns = [("", caption(things, rng))]
-            else:
-                turns = [ask_any(things, self.spec, rng)[1:] for _ in range(self.n_turns)]
-                turns = list(dict(turns).items())             # no question twice
-            picture = describe(things) if self.task == "read" else "<image>"
-            turns[0] = f"{picture} {turns[0][0]}", turns[0][1]
+            turns = self.conversation(things, rng)
         return Sample(images, turns, kind, f"scene {i}")
 
 

@@ -68,8 +68,8 @@ class Config(ModelConfig):
     n_shapes: int = 4
     n_places: int = 5
     max_things: int = 3
-    read_turns: int = 2                  # questions about each description; more repeat its words, and what
-                                         # repeats can be matched instead of the description
+    read_turns: int = 2                  # questions about each description; with more, earlier turns
+                                         # offer their words for matching in the description's place
     instruct_turns: int = 3              # questions about each picture
     read_samples: int = 60_000
     see_samples: int = 40_000
@@ -77,7 +77,7 @@ class Config(ModelConfig):
     instruct_samples: int = 40_000
     batch_size: int = 64                 # samples for each step of the optimizer
     accumulate: int = 1                  # micro-batches that make up a batch
-    read_lr: float = 3.5e-3                # peak learning rates of each stage, for Muon
+    read_lr: float = 3.5e-3              # peak learning rates of each stage, for Muon
     see_lr: float = 4e-3
     align_lr: float = 3e-3
     instruct_lr: float = 3e-3
@@ -97,10 +97,12 @@ class Config(ModelConfig):
 
 PRESETS = {
     "cpu": Config(),
-    "gpu": Config(image_size=(112, 112), patch_size=14, vit_dim=384, vit_layers=6, vit_heads=6, qformer_dim=384,
-                  qformer_layers=6, qformer_heads=6, n_queries=32, dim=512, n_layers=8, n_heads=8, n_kv_heads=4,
-                  r=64, alpha=64, n_colors=6, n_places=9, max_things=5, read_turns=3, instruct_turns=6, batch_size=256, workers=12,
-                  read_samples=400_000, see_samples=400_000, align_samples=100_000, instruct_samples=300_000),
+    "gpu": Config(image_size=(112, 112), patch_size=14, vit_dim=384, vit_layers=6, vit_heads=6,
+                  qformer_dim=384, qformer_layers=6, qformer_heads=6, n_queries=32,
+                  dim=512, n_layers=8, n_heads=8, n_kv_heads=4, r=64, alpha=64,
+                  n_colors=6, n_places=9, max_things=5, read_turns=3, instruct_turns=6,
+                  batch_size=256, workers=12, read_samples=400_000, see_samples=400_000,
+                  align_samples=100_000, instruct_samples=300_000),
 }
 
 

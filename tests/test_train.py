@@ -58,10 +58,11 @@ def parts():
     return config, task, model, Collate(tokenizer, config.n_queries, config.image_size, config.max_len)
 
 
+@pytest.mark.parametrize("recipe", train.WHO_LEARNS)
 @pytest.mark.parametrize("stage", train.STAGES)
-def test_each_stage_changes_exactly_the_parts_its_table_lists(stage, parts, tmp_path):
+def test_each_stage_changes_exactly_the_parts_its_table_lists(stage, recipe, parts, tmp_path):
     config, task, model, collate = parts
-    config = train.replace(config, **{f"{stage}_samples": config.batch_size})
+    config = train.replace(config, recipe=recipe, **{f"{stage}_samples": config.batch_size})
     if stage in ("align", "instruct"):
         model.drop_text_branch()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
