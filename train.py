@@ -242,18 +242,17 @@ def train_stage(model: MLLM, stage: str, task: Task, collate: Collate, config: C
     device = next(model.parameters()).device
     steps = max(1, stage_samples(config, stage) // config.batch_size)
     model.train_only(WHO_LEARNS[config.recipe][stage])
-    optimizers, losses = make_optimizers(model, config, stage), []
+    optimizers, losses = make_optimizers(model, config, stage), state["losses"] if state else []
     torch.manual_seed(config.seed + STAGES.index(stage))
+    batches = iter(task.batches(stage, collate, len(losses), steps))  # draws from the generator
     if state:
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-        losses = state["losses"]
         torch.set_rng_state(state["cpu_rng"].cpu())
         if device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"].cpu())
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    batches = iter(task.batches(stage, collate, len(losses), steps))
     bar = tqdm(range(len(losses), steps), stage, steps, initial=len(losses), unit="step", dynamic_ncols=True)
     for step in bar:
         for optimizer in optimizers:
@@ -382,7 +381,7 @@ def evaluate(model: MLLM, task: Task, collate: Collate, config: Config) -> tuple
 
 def draw_curves(losses: dict[str, list[float]], path: Path, width: int = 360, height: int = 240) -> None:
     """One panel a stage: loss in nats (logarithmic) against steps, smoothed over a fiftieth of the stage."""
-    font, margin = ImageFont.load_default(13), 48
+    font, margin = ImageFont.load_default(13), 60
     sheet = Image.new("RGB", (width * len(losses), height), "white")
     canvas = ImageDraw.Draw(sheet)
     for panel, (stage, values) in enumerate(losses.items()):
@@ -407,7 +406,7 @@ def draw_samples(shown: list, path: Path) -> None:
     """Held-out pictures with question, answer and truth."""
     shown = [entry for entry in shown if entry[0].images]
     contact_sheet([prompt.images[0] for prompt, _, _ in shown],
-                  [f"{prompt.turns[-1][0].replace('<image>', '').strip()[:40]}\n"
+                  [f"{prompt.turns[-1][0].replace('<image>', '').strip()[:48]}\n"
                    + (f"{mine[:30]}  (right)" if mine == truth else f"{mine[:30]}  (WRONG: {truth[:30]})")
                    for prompt, mine, truth in shown], side=256).save(path)
 

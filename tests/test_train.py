@@ -73,7 +73,9 @@ def test_each_stage_changes_exactly_the_parts_its_table_lists(stage, recipe, par
     # Nothing reads the image rows after the last attention has read their keys and values, so all later
     # adapters of the last block have a gradient of zero.
     unread = {name for name in listed if "lora_" in name and "blocks.1." in name and "wqkv" not in name}
-    assert changed == listed - unread
+    # A key bias adds the same to all scores of a row, which softmax does not see: zero but for rounding.
+    rounding = {name for name in listed if name.endswith("k_proj.bias")}
+    assert changed - rounding == listed - unread - rounding
 
 
 @pytest.mark.parametrize("recipe", train.WHO_LEARNS)
@@ -131,7 +133,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(stop_after, fi
         run(monkeypatch, tmp_path)
     run(monkeypatch, tmp_path, "--resume")
     for stage in train.STAGES:
-        assert same(weights(tmp_path, stage), weights(finished, stage))
+        assert same(weights(tmp_path, stage), weights(finished, stage)), stage
         assert torch.load(tmp_path / f"{stage}.pt")["losses"] == torch.load(finished / f"{stage}.pt")["losses"]
 
 
