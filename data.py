@@ -19,6 +19,7 @@ import math
 import os
 import random
 import re
+import textwrap
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -575,20 +576,23 @@ class Collate:
 
 # ---- Pictures for people --------------------------------------------------------------------------
 
-def contact_sheet(pictures: list[Image.Image], texts: list[str], columns: int = 4, side: int = 192) -> Image.Image:
-    """Pictures in rows, each with its text (lines split by newlines) under it, all as wide as `side` pixels."""
+def contact_sheet(pictures: list[Image.Image], texts: list[str], columns: int = 4,
+                  side: int = 256) -> Image.Image:
+    """Pictures in rows, each as wide as `side` pixels with its text wrapped under it."""
     font = ImageFont.load_default(13)
-    lines = max(text.count("\n") + 1 for text in texts)
-    box_width, box_height = side + 16, side + 12 + 17 * lines
+    texts = ["\n".join(textwrap.fill(line, side // 7) for line in text.split("\n")) for text in texts]
+    pictures = [picture.resize((side, round(side * picture.height / picture.width)),
+                               Image.Resampling.NEAREST) for picture in pictures]
+    tallest = max(picture.height for picture in pictures)
+    box_width = side + 16
+    box_height = tallest + 12 + 19 * max(text.count("\n") + 1 for text in texts)
     rows = math.ceil(len(pictures) / columns)
     sheet = Image.new("RGB", (columns * box_width, rows * box_height), "white")
     canvas = ImageDraw.Draw(sheet)
     for i, (picture, text) in enumerate(zip(pictures, texts)):
         x, y = i % columns * box_width + 8, i // columns * box_height + 6
-        scale = side / max(picture.size)
-        size = round(picture.width * scale), round(picture.height * scale)
-        sheet.paste(picture.resize(size, Image.Resampling.NEAREST), (x, y))
-        canvas.multiline_text((x, y + side + 3), text, "black", font, spacing=4)
+        sheet.paste(picture, (x, y))
+        canvas.multiline_text((x, y + tallest + 3), text, "black", font, spacing=4)
     return sheet
 
 
@@ -597,8 +601,7 @@ def main() -> None:
     scenes = Scenes(spec, "instruct", 12)
     samples = [scenes[i] for i in range(len(scenes))]
     contact_sheet([sample.images[0] for sample in samples],
-                  [describe(scenes.things(i)[0]).replace(". ", ".\n") for i in range(len(scenes))],
-                  side=256).save("scenes.png")
+                  [describe(scenes.things(i)[0]) for i in range(len(scenes))]).save("scenes.png")
     tokenizer = Tokenizer.train(corpus(Scenes(spec, "read", 500)), 1024)
     ids, labels = encode_turns(tokenizer, samples[0].turns, n_queries=4, max_len=512)
     print("scenes.png written. The first picture as a training sample (4 image rows; position, token, use):")

@@ -405,10 +405,13 @@ def draw_curves(losses: dict[str, list[float]], path: Path, width: int = 360, he
 def draw_samples(shown: list, path: Path) -> None:
     """Held-out pictures with question, answer and truth."""
     shown = [entry for entry in shown if entry[0].images]
-    contact_sheet([prompt.images[0] for prompt, _, _ in shown],
-                  [f"{prompt.turns[-1][0].replace('<image>', '').strip()[:48]}\n"
-                   + (f"{mine[:30]}  (right)" if mine == truth else f"{mine[:30]}  (WRONG: {truth[:30]})")
-                   for prompt, mine, truth in shown], side=256).save(path)
+    texts = []
+    for prompt, mine, truth in shown:
+        question = prompt.turns[-1][0].replace("<image>", "").strip()
+        verdict = "right" if mine == truth else f"WRONG: {truth[:60]}"
+        texts.append(f"{question[:100]}\n{mine[:60]}  ({verdict})")
+    if shown:
+        contact_sheet([prompt.images[0] for prompt, _, _ in shown], texts).save(path)
 
 
 # ---- The program ----------------------------------------------------------------------------------
