@@ -23,7 +23,8 @@ def test_every_module_is_in_the_reading_order_and_there_is_no_other():
 
 
 def test_the_commands_parse(monkeypatch):
-    commands = re.findall(r"^ *python ((?:train|sample)\.py[^#\n]*)", README, re.MULTILINE)
+    joined = README.replace("\\\n", " ")                       # a command may go on in the next line
+    commands = re.findall(r"^ *python ((?:train|sample)\.py[^#\n]*)", joined, re.MULTILINE)
     assert len(commands) > 4
     for command in commands:
         monkeypatch.setattr("sys.argv", shlex.split(command))
