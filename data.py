@@ -151,9 +151,9 @@ class Tokenizer:
 # ---- Scenes: pictures whose every fact is known ---------------------------------------------------
 
 COLORS = {"red": (215, 40, 40), "green": (40, 160, 60), "blue": (45, 85, 215), "yellow": (240, 205, 30),
-          "purple": (150, 60, 180), "orange": (240, 130, 20)}
+          "purple": (150, 60, 180), "black": (35, 35, 35)}
 SHAPES = ("circle", "square", "triangle", "star")
-SIZES = {"small": 0.25, "large": 0.43}                        # radius over the side of a cell
+SIZES = {"small": 0.30, "large": 0.46}                        # radius over the side of a cell
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "middle", "right")
 CELLS = (4, 1, 3, 5, 7, 0, 2, 6, 8)                           # 3 * row + column: center, sides, corners
 
@@ -278,12 +278,14 @@ def ask(kind: str, things: list[Thing], about: Thing, spec: SceneSpec, rng: rand
         return (f"How many {what}s are there?",
                 str(sum(what in ("shape", thing.shape, thing.color + " shape") for thing in things)))
     if kind == "exists":
+        form = rng.choice(("{1}", "{0} shape", "{0} {1}"))        # a circle, a red shape, a red circle
+        there = [form.format(thing.color, thing.shape) for thing in things]
+        near = [form.format(*pair) for pair in (spec.pairs if unseen else spec.seen)
+                if about.color in pair or about.shape in pair]
         if rng.random() < 0.5:
-            return f"Is there a {about.name}?", "yes"
-        absent = [pair for pair in (spec.pairs if unseen else spec.seen)
-                  if pair not in [(thing.color, thing.shape) for thing in things]]
-        near = [pair for pair in absent if (pair[0] == about.color) or (pair[1] == about.shape)]
-        return f"Is there a {' '.join(rng.choice(near))}?", "no"
+            return f"Is there a {form.format(about.color, about.shape)}?", "yes"
+        if absent := [what for what in near if what not in there]:
+            return f"Is there a {rng.choice(absent)}?", "no"
     if kind == "relation" and others:
         other = rng.choice(others)
         sides = [(word, mine < its) for word, mine, its in
@@ -337,13 +339,13 @@ class Scenes(Dataset):
         return random_things(self.spec, rng, self.split == "unseen"), rng
 
     def conversation(self, things: list[Thing], rng: random.Random) -> list[tuple[str, str]]:
-        """Questions and answers, or now and then a description; for `read` with the picture in words.
+        """Questions and answers, or else a description; for `read` with the picture in words.
 
         Descriptions are rare in `read`: there they are copies, easy tokens that crowd out the answers which
         must be looked up. Captions are in it so that the decoder knows how to write what `align` asks for.
         """
         lot = rng.random()
-        if lot < (0.03 if self.task == "read" else 0.2):
+        if lot < (0.03 if self.task == "read" else 0.5):
             turns = [(rng.choice(DESCRIBE), describe(things))]
         elif self.task == "read" and lot < 0.06:
             turns = [("", caption(things, rng))]

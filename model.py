@@ -371,11 +371,12 @@ class ModelConfig:
     drop_path_rate: float = 0.0
     use_grad_checkpoint: bool = False
     qformer_dim: int = 128
-    qformer_layers: int = 4
+    qformer_layers: int = 3
     qformer_heads: int = 4
     n_queries: int = 16
     qformer_dropout: float = 0.0
     text_branch: bool = True             # the Q-Former's half that stage 0 alone uses
+    qformer_drop_last: int = 1           # blocks that go with it, see `MLLM.drop_text_branch`
     projector: str = "linear"
     projector_norm: bool = False
     dim: int = 192
@@ -385,7 +386,7 @@ class ModelConfig:
     rope_theta: float = 100.0            # texts are short here; 10,000 is usual
     qkv_bias: bool = True
     r: int = 32
-    alpha: float = 32
+    alpha: float = 128
     lora_dropout: float = 0.0
     max_len: int = 512                   # longest prompt + answer, in tokens, image rows included
     pad_id: int = 0
@@ -431,6 +432,8 @@ class MLLM(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = c = config
+        if c.qformer_drop_last >= c.qformer_layers:
+            raise ValueError(f"qformer_drop_last {c.qformer_drop_last} would leave none of {c.qformer_layers} blocks")
         self.vit = ViT(c.image_size, c.patch_size, c.vit_dim, c.vit_layers, c.vit_heads,
                        drop_path_rate=c.drop_path_rate, use_grad_checkpoint=c.use_grad_checkpoint)
         self.ln_vision = nn.LayerNorm(c.vit_dim)
@@ -452,9 +455,15 @@ class MLLM(nn.Module):
                 module.reset_parameters()
 
     def drop_text_branch(self) -> None:
-        """Take the text half off the Q-Former, which only its own training needs."""
+        """Take off the Q-Former what only its own training needs: its text half and its last blocks.
+
+        Text reads the queries on their way into each block, so nothing but ITC and ITM, which care little for
+        details, shapes what leaves the last one. LLaVA takes the last but one block of CLIP for the same reason.
+        """
         self.qformer.drop_text_branch()
-        self.config = replace(self.config, text_branch=False)
+        kept = self.config.qformer_layers - self.config.qformer_drop_last
+        self.qformer.blocks = self.qformer.blocks[:kept]
+        self.config = replace(self.config, text_branch=False, qformer_layers=kept, qformer_drop_last=0)
 
     def train_only(self, parts: tuple[str, ...]) -> None:
         """Let these of PARTS learn and freeze the others.

@@ -71,7 +71,7 @@ class Config(ModelConfig):
     read_turns: int = 2                  # questions about each description; with more, earlier turns
                                          # offer their words for matching in the description's place
     instruct_turns: int = 3              # questions about each picture
-    read_samples: int = 60_000
+    read_samples: int = 56_000
     see_samples: int = 40_000
     align_samples: int = 9_600
     instruct_samples: int = 40_000
@@ -79,12 +79,14 @@ class Config(ModelConfig):
     accumulate: int = 1                  # micro-batches that make up a batch
     read_lr: float = 3.5e-3              # peak learning rates of each stage, for Muon
     see_lr: float = 4e-3
-    align_lr: float = 3e-3
-    instruct_lr: float = 3e-3
+    align_lr: float = 6e-3
+    instruct_lr: float = 6e-3
     contrast_every: int = 4              # ITC and ITM take one sample in so many
     contrast_weight: float = 0.1         # of ITC and ITM beside ITG
-    vision_lr: float = 0.5               # share of the stage's rate that ViT and Q-Former get after `see`
-    adamw_lr: float = 0.5                # share of the stage's rate that all but hidden matrices get
+    ffn_lr: float = 0.1                  # share of the stage's rate that the decoder's feed-forward nets get: they
+                                         # learn what words go together, attention learns to look it up
+    adamw_lr: float = 1.0                # share of the stage's rate that all but hidden matrices get
+    vision_adamw_lr: float = 0.5         # the same in ViT and Q-Former
     weight_decay: float = 0.0
     warmup: float = 0.05                 # share of the steps until the peak
     clip: float = 1.0                    # largest norm of the gradient
@@ -99,7 +101,7 @@ PRESETS = {
     "cpu": Config(),
     "gpu": Config(image_size=(112, 112), patch_size=14, vit_dim=384, vit_layers=6, vit_heads=6,
                   qformer_dim=384, qformer_layers=6, qformer_heads=6, n_queries=32,
-                  dim=512, n_layers=8, n_heads=8, n_kv_heads=4, r=64, alpha=64,
+                  dim=512, n_layers=8, n_heads=8, n_kv_heads=4, r=64, alpha=256,
                   n_colors=6, n_places=9, max_things=5, read_turns=3, instruct_turns=6,
                   batch_size=256, workers=12, read_samples=400_000, see_samples=400_000,
                   align_samples=100_000, instruct_samples=300_000),
@@ -198,12 +200,16 @@ def make_optimizers(model: MLLM, config: Config, stage: str) -> list[torch.optim
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        lr = peak * (config.vision_lr if stage != "see" and part_of(name) in ("vit", "qformer") else 1)
+        lr = peak
+        if part_of(name) == "decoder" and name.split(".")[-2] in ("w1", "w2", "w3"):
+            lr *= config.ffn_lr
         if parameter.ndim == 2 and not any(word in name for word in ("embedding", "head")):
             groups[torch.optim.Muon].append(dict(params=[parameter], lr=lr))
         else:
+            is_vision = part_of(name) in ("vit", "qformer")
+            lr *= config.vision_adamw_lr if is_vision else config.adamw_lr
             decay = config.weight_decay if parameter.ndim > 1 else 0.0
-            groups[torch.optim.AdamW].append(dict(params=[parameter], lr=lr * config.adamw_lr, weight_decay=decay))
+            groups[torch.optim.AdamW].append(dict(params=[parameter], lr=lr, weight_decay=decay))
     optimizers = [torch.optim.Muon(groups[torch.optim.Muon], weight_decay=config.weight_decay,
                                    adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(groups[torch.optim.AdamW], betas=(0.9, 0.95))]

@@ -159,8 +159,8 @@ def slow_answer(things, question):
         case "how", "many", *what, "are", "there":
             fits = [{thing.color, thing.shape, "shape"} for thing in things]
             return str(sum({word.removesuffix("s") for word in what} <= facts for facts in fits))
-        case "is", "there", "a", color, shape:
-            return "yes" if (color, shape) in map(pair_of, things) else "no"
+        case "is", "there", "a", *what:
+            return "yes" if any(set(what) <= {thing.color, thing.shape, "shape"} for thing in things) else "no"
         case "is", "the", color, shape, *side, other_color, other_shape:
             one, other = find(things, color, shape), find(things, other_color, other_shape)
             holds = {("left", "of", "the"): one.column < other.column, ("above", "the"): one.row < other.row}

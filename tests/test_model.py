@@ -558,6 +558,18 @@ def test_a_saved_model_comes_back_the_same(tmp_path, text_branch):
     assert torch.load(tmp_path / "model.pt", weights_only=True)["stage"] == "align"
 
 
+def test_the_last_blocks_of_the_qformer_go_with_its_text_branch():
+    model, images = make_model(text_branch=True, qformer_layers=3, qformer_drop_last=1), make_images(2)
+    features = model.ln_vision(model.vit(images))
+    rows = []
+    model.qformer.blocks[1].register_forward_hook(lambda block, inputs, output: rows.append(output))
+    model.qformer(features)
+    model.drop_text_branch()
+    assert torch.equal(model.qformer(features), rows[0]) and model.config.qformer_layers == 2
+    with pytest.raises(ValueError, match="qformer_drop_last 3 would leave none of 3 blocks"):
+        make_model(qformer_layers=3, qformer_drop_last=3)
+
+
 class Trap:
     """Unpickling it would raise ZeroDivisionError: a stand-in for any code in a file."""
 

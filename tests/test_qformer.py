@@ -314,6 +314,14 @@ def test_every_parameter_learns_from_the_three_losses_together():
     assert image.grad.abs().sum() > 0                         # so the image encoder can learn too
 
 
+def test_generation_never_asks_for_what_leaves_the_last_block():
+    model, (image, text) = make_qformer(), make_batch()
+    model.itg_loss(image, text)[0].backward()
+    asked = {name.split(".")[1] for name, parameter in model.named_parameters()
+             if "query_ffn." in name and parameter.grad is not None and parameter.grad.any()}
+    assert asked == {"0", "1"}                                # text reads the queries on their way into 1 and 2
+
+
 # ---- Without the text branch ----------------------------------------------------------------------
 
 def test_dropping_the_text_branch_leaves_forward_bit_identical():

@@ -84,14 +84,22 @@ def test_the_table_names_every_stage_and_only_real_parts(recipe):
     assert all(set(learns) <= set(PARTS) for learns in train.WHO_LEARNS[recipe].values())
 
 
-def test_frozen_parameters_are_in_no_optimizer_and_vision_learns_slower_after_see(parts):
+def test_frozen_parameters_are_in_no_optimizer(parts):
     config, _, model, _ = parts
     model.train_only(("vit", "projector", "plora"))
     groups = [group for optimizer in train.make_optimizers(model, config, "align") for group in optimizer.param_groups]
+    listed = {id(parameter) for group in groups for parameter in group["params"]}
+    assert listed == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+
+
+def test_feed_forward_nets_of_the_decoder_learn_slower_than_its_attention(parts):
+    config, _, model, _ = parts
+    model.train_only(("decoder",))
+    groups = [group for optimizer in train.make_optimizers(model, config, "read") for group in optimizer.param_groups]
     lr = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
-    assert lr.keys() == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    vit, plora = model.vit.blocks[0].qkv.weight, model.decoder.blocks[0].attention.wo.lora_A
-    assert lr[id(vit)] == pytest.approx(config.vision_lr * lr[id(plora)])
+    block = model.decoder.blocks[0]
+    for layer in (block.w1, block.w2, block.w3):
+        assert lr[id(layer.weight)] == pytest.approx(config.ffn_lr * lr[id(block.attention.wo.weight)])
 
 
 def test_schedule_warms_up_to_the_peak_then_falls():
