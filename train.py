@@ -71,10 +71,10 @@ class Config(ModelConfig):
     read_turns: int = 2                  # questions about each description; with more, earlier turns
                                          # offer their words for matching in the description's place
     instruct_turns: int = 3              # questions about each picture
-    read_samples: int = 56_000
+    read_samples: int = 64_000
     see_samples: int = 40_000
     align_samples: int = 9_600
-    instruct_samples: int = 40_000
+    instruct_samples: int = 28_800
     batch_size: int = 64                 # samples for each step of the optimizer
     accumulate: int = 1                  # micro-batches that make up a batch
     read_lr: float = 3.5e-3              # peak learning rates of each stage, for Muon
