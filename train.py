@@ -393,7 +393,7 @@ def draw_curves(losses: dict[str, list[float]], path: Path, width: int = 360, he
     for panel, (stage, values) in enumerate(losses.items()):
         window = max(1, len(values) // 50)
         smooth = [max(1e-6, sum(part) / len(part)) for part in
-                  (values[i:i + window] for i in range(0, len(values), window))]
+                  (values[i:i + window] for i in range(0, len(values) - window + 1, window))]
         low, high = math.log(min(smooth)), math.log(max(smooth))
         left, right, top, bottom = panel * width + margin, (panel + 1) * width - 12, 30, height - 28
         canvas.rectangle((left, top, right, bottom), outline="gray")
@@ -414,7 +414,7 @@ def draw_samples(shown: list, path: Path) -> None:
     texts = []
     for prompt, mine, truth in shown:
         question = prompt.turns[-1][0].replace("<image>", "").strip()
-        verdict = "right" if mine == truth else f"WRONG: {truth[:60]}"
+        verdict = "right" if mine == truth else f'WRONG, it is "{truth[:60]}"'
         texts.append(f"{question[:100]}\n{mine[:60]}  ({verdict})")
     if shown:
         contact_sheet([prompt.images[0] for prompt, _, _ in shown], texts).save(path)
