@@ -263,7 +263,8 @@ DESCRIBE = ("Describe the picture in detail.", "What do you see? Describe everyt
 
 def ask(kind: str, things: list[Thing], about: Thing, spec: SceneSpec, rng: random.Random,
         unseen: bool = False) -> tuple[str, str] | None:
-    """A question of this kind about one of the things and its answer; None where it would be ambiguous."""
+    """A question of this kind about one of the things and its answer; None where there is none that is
+    unambiguous and interesting."""
     others = [thing for thing in things if thing != about]
     if kind == "color" and all(thing.shape != about.shape for thing in others):
         return f"What color is the {about.shape}?", about.color
@@ -500,11 +501,11 @@ def corpus(samples: Dataset, at_most: int = 5000) -> list[str]:
             for i in range(min(len(samples), at_most))]
 
 
-def encode_turns(tokenizer: Tokenizer, turns: list[tuple[str, str | None]], n_queries: int,
+def encode_turns(tokenizer: Tokenizer, turns: list[tuple[str, str | None]], n_rows: int,
                  max_len: int, name: str = "sample") -> tuple[list[int], list[int]]:
     """A conversation as (ids, labels), in MiniGPT-4's template (arXiv 2304.10592, section 3.2):
 
-        <s>###Human: <Img>(n_queries placeholders)</Img> What color is the circle?###Assistant: red###
+        <s>###Human: <Img>(n_rows placeholders)</Img> What color is the circle?###Assistant: red###
 
     Labels are the ids on each answer and the ### that ends it, and -100 everywhere else. An answer of None
     ends the ids where the model is to go on. What is longer than max_len is cut at the end.
@@ -520,7 +521,7 @@ def encode_turns(tokenizer: Tokenizer, turns: list[tuple[str, str | None]], n_qu
         add([END, HUMAN] if turn == 0 else [HUMAN])
         for i, text in enumerate(question.split("<image>")):
             if i:
-                add([IMAGE_OPEN] + [IMAGE] * n_queries + [IMAGE_CLOSE])
+                add([IMAGE_OPEN] + [IMAGE] * n_rows + [IMAGE_CLOSE])
             if text.strip():
                 add(tokenizer.encode(" " + text.strip()))
         add([END, ASSISTANT])
@@ -547,7 +548,7 @@ def to_pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
 class Collate:
     """Samples -> one batch of tensors, padded on the right."""
     tokenizer: Tokenizer
-    n_queries: int
+    n_rows: int
     image_size: tuple[int, int]                               # height, width
     max_len: int
 
@@ -558,7 +559,7 @@ class Collate:
 
     def conversations(self, samples: list[Sample]) -> dict[str, Tensor]:
         """{"input_ids" (B, T), "images" (N, 3, height, width), "labels" (B, T)} for `MLLM.forward`."""
-        encoded = [encode_turns(self.tokenizer, sample.turns, self.n_queries, self.max_len, sample.name)
+        encoded = [encode_turns(self.tokenizer, sample.turns, self.n_rows, self.max_len, sample.name)
                    for sample in samples]
         ids, labels = ([torch.tensor(row) for row in rows] for rows in zip(*encoded))
         return {"input_ids": pad_sequence(ids, batch_first=True, padding_value=PAD),
@@ -605,7 +606,7 @@ def main() -> None:
     contact_sheet([sample.images[0] for sample in samples],
                   [describe(scenes.things(i)[0]) for i in range(len(scenes))]).save("scenes.png")
     tokenizer = Tokenizer.train(corpus(Scenes(spec, "read", 500)), 1024)
-    ids, labels = encode_turns(tokenizer, samples[0].turns, n_queries=4, max_len=512)
+    ids, labels = encode_turns(tokenizer, samples[0].turns, n_rows=4, max_len=512)
     print("scenes.png written. The first picture as a training sample (4 image rows; position, token, use):")
     for position, (token, label) in enumerate(zip(ids, labels)):
         use = "image" if token == IMAGE else "context" if label == NOT_LEARNED else "trained"

@@ -12,7 +12,7 @@ before the model runs and every shape is static.
 
 The parts follow BLIP-2 (arXiv 2301.12597), MiniGPT-4 (2304.10592) and InternLM-XComposer2 (2401.16420).
 
-B texts, N images, T tokens, P patches, Q queries, H heads, Hkv key/value heads, Dh head width,
+B texts, N images, T tokens, P patches, Q queries or other rows of an image, H heads, Hkv key/value heads, Dh head width,
 D decoder width, Dv vision width, Dq Q-Former width, V vocabulary, L longest cached sequence.
 """
 import types
@@ -159,6 +159,26 @@ class ViT(nn.Module):
             else:
                 x = block(x)
         return x
+
+
+# ---- Patch merging: what stands in the Q-Former's place where there is none -----------------------
+
+class PatchMerge(nn.Module):
+    """Four patches that follow each other, side by side in one row: (N, 1 + P, Dv) -> (N, P / 4, 4 Dv).
+
+    The class token is dropped. Patches follow each other from left to right and line by line, so where a line is
+    no multiple of 4 long, some rows join the end of one to the start of the next.
+    Raises ValueError when P is no multiple of 4. Source: MiniGPT-v2, arXiv 2310.09478, section 2.1.
+    """
+
+    def forward(self, image_features: Tensor) -> Tensor:
+        N, P, Dv = image_features[:, 1:].shape
+        if P % 4:
+            raise ValueError(f"patch merging puts 4 patches in a row, but there are {P}")
+        return image_features[:, 1:].reshape(N, P // 4, 4 * Dv)                   # (N, P / 4, 4 Dv)
+
+    def reset_parameters(self) -> None:
+        """It has none."""
 
 
 # ---- Projector: from the Q-Former's width to the decoder's ----------------------------------------
@@ -344,7 +364,8 @@ class GPT(nn.Module):
 
     def forward(self, x: Tensor, is_image: Tensor | None = None, positions: Tensor | None = None,
                 cache: list[Tensor] | None = None) -> Tensor:
-        """x (B, T, D) embeddings, is_image (B, T) bool -> logits (B, T, V).
+        """x (B, T, D) embeddings, is_image (B, T) bool -> logits (B, T, V). Adapters change the rows where is_image
+        is True; plain LoRA passes True for all.
 
         positions (B or 1, T) count from 0, by default 0 .. T-1. With a cache, x may be the next few tokens only:
         their keys and values are kept at their positions, and they read all positions up to their own.
@@ -375,6 +396,7 @@ class ModelConfig:
     qformer_heads: int = 4
     n_queries: int = 16
     qformer_dropout: float = 0.0
+    connector: str = "qformer"           # or "patch-merge", which has no Q-Former once `see` is over
     text_branch: bool = True             # the Q-Former's half that stage 0 alone uses
     qformer_drop_last: int = 1           # blocks that go with it, see `MLLM.drop_text_branch`
     projector: str = "linear"
@@ -388,10 +410,30 @@ class ModelConfig:
     r: int = 32
     alpha: float = 128
     lora_dropout: float = 0.0
+    lora_on: str = "image"               # the rows that adapters change, one of `ADAPTED`
     max_len: int = 512                   # longest prompt + answer, in tokens, image rows included
     pad_id: int = 0
     image_id: int = 1                    # the placeholder that image rows take the place of
 
+    @property
+    def n_patches(self) -> int:
+        return self.image_size[0] // self.patch_size * (self.image_size[1] // self.patch_size)
+
+    @property
+    def n_rows(self) -> int:
+        """How many rows an image becomes."""
+        return {"qformer": self.n_queries, "patch-merge": self.n_patches // 4}[self.connector]
+
+    @property
+    def row_dim(self) -> int:
+        """The width of such a row before the projector."""
+        return {"qformer": self.qformer_dim, "patch-merge": 4 * self.vit_dim}[self.connector]
+
+
+# From is_image (B, T) bool and whether there are images, the rows that adapters change: those of images
+# (Partial LoRA), or all (LoRA, arXiv 2106.09685). None spares a text the adapters altogether.
+ADAPTED = {"image": lambda is_image, has_images: is_image if has_images else None,
+           "all": lambda is_image, has_images: torch.ones_like(is_image, dtype=torch.bool)}
 
 PARTS = ("vit", "qformer", "projector", "plora", "decoder")
 
@@ -432,15 +474,24 @@ class MLLM(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = c = config
-        if c.qformer_drop_last >= c.qformer_layers:
+        if c.text_branch and c.qformer_drop_last >= c.qformer_layers:
             raise ValueError(f"qformer_drop_last {c.qformer_drop_last} would leave none of {c.qformer_layers} blocks")
+        if c.connector not in ("qformer", "patch-merge"):
+            raise ValueError(f"unknown connector {c.connector!r}: use 'qformer' or 'patch-merge'")
+        if c.connector == "patch-merge" and c.n_patches % 4:
+            raise ValueError(f"patch merging puts 4 patches in a row, but an image has {c.n_patches}")
+        if c.lora_on not in ADAPTED:
+            raise ValueError(f"unknown lora_on {c.lora_on!r}: use one of {', '.join(ADAPTED)}")
         self.vit = ViT(c.image_size, c.patch_size, c.vit_dim, c.vit_layers, c.vit_heads,
                        drop_path_rate=c.drop_path_rate, use_grad_checkpoint=c.use_grad_checkpoint)
         self.ln_vision = nn.LayerNorm(c.vit_dim)
-        self.qformer = QFormer(c.qformer_dim, c.qformer_layers, c.qformer_heads, c.n_queries, c.vit_dim,
-                               dropout=c.qformer_dropout, vocab_size=c.vocab_size if c.text_branch else 0,
-                               max_text_len=c.max_len, pad_id=c.pad_id)
-        self.projector = make_projector(c.projector, c.qformer_dim, c.dim, normalization=c.projector_norm)
+        if c.connector == "patch-merge" and not c.text_branch:
+            self.qformer = PatchMerge()
+        else:
+            self.qformer = QFormer(c.qformer_dim, c.qformer_layers, c.qformer_heads, c.n_queries, c.vit_dim,
+                                   dropout=c.qformer_dropout, vocab_size=c.vocab_size if c.text_branch else 0,
+                                   max_text_len=c.max_len, pad_id=c.pad_id)
+        self.projector = make_projector(c.projector, c.row_dim, c.dim, normalization=c.projector_norm)
         self.decoder = GPT(c.vocab_size, c.dim, c.n_layers, c.n_heads, c.n_kv_heads, rope_theta=c.rope_theta,
                            qkv_bias=c.qkv_bias, r=c.r, alpha=c.alpha, lora_dropout=c.lora_dropout)
         self.reset_parameters()
@@ -464,6 +515,16 @@ class MLLM(nn.Module):
         kept = self.config.qformer_layers - self.config.qformer_drop_last
         self.qformer.blocks = self.qformer.blocks[:kept]
         self.config = replace(self.config, text_branch=False, qformer_layers=kept, qformer_drop_last=0)
+        if self.config.connector == "patch-merge":
+            self.qformer = PatchMerge()
+
+    def renewed(self, **settings) -> "MLLM":
+        """A model with other settings for connector, projector and adapters. Projector and adapters start anew,
+        ViT, decoder and a Q-Former that stays are kept."""
+        model = MLLM(replace(self.config, **settings))
+        model.load_state_dict({name: parameter for name, parameter in self.state_dict().items()
+                               if part_of(name) not in ("projector", "plora")}, strict=False)
+        return model
 
     def train_only(self, parts: tuple[str, ...]) -> None:
         """Let these of PARTS learn and freeze the others.
@@ -492,34 +553,36 @@ class MLLM(nn.Module):
         """Token embeddings, with the rows of the images in the place of their placeholders.
 
         input_ids (B, T) with Q times `image_id` for each image, images (N, 3, height, width) in the order
-        of their placeholders, or None for text alone. Returns (B, T, D) and is_image (B, T) bool, or None.
+        of their placeholders, or None for text alone. Returns (B, T, D) and which rows the adapters change,
+        (B, T) bool or None for none, see `ADAPTED`.
         Raises ValueError when the placeholders are not those of N images.
         """
         is_image = input_ids == self.config.image_id                              # (B, T)
         n_images = 0 if images is None else len(images)
-        found, Q = int(is_image.sum()), self.config.n_queries
+        found, Q = int(is_image.sum()), self.config.n_rows
         if found != n_images * Q:
             raise ValueError(f"got {n_images} images, {n_images * Q} rows at {Q} each, but the text has {found} "
                              f"placeholders, room for {found / Q:g} images")
         x = self.decoder.token_embedding(input_ids)                               # (B, T, D)
+        is_adapted = ADAPTED[self.config.lora_on](is_image, images is not None)
         if images is None:
-            return x, None
+            return x, is_adapted
         rows = self.encode_images(images).flatten(0, 1).to(x.dtype)               # (N Q, D)
         rows = F.pad(rows, (0, 0, 0, 1))                      # row -1, for texts before any image
         index = is_image.flatten().cumsum(0).view_as(input_ids) - 1               # (B, T)
-        return torch.where(is_image[..., None], rows[index], x), is_image
+        return torch.where(is_image[..., None], rows[index], x), is_adapted
 
     def forward(self, input_ids: Tensor, images: Tensor | None, labels: Tensor | None = None):
         """input_ids (B, T) right-padded, images (N, 3, height, width), labels (B, T) or None.
 
-        images None: text alone, nothing but the plain decoder runs. An empty tensor of images instead keeps
+        images None: text alone; with Partial LoRA nothing but the plain decoder runs. An empty tensor of images instead keeps
         the adapters in the graph with gradients of zero, as a mixed batch would.
         labels hold the id to predict *at* each position, -100 where nothing is learned (all but answers).
         Returns logits (B, T, V) and the loss in nats per trained token, or None without labels.
         Padding needs no mask: it stands behind all that is read, and causal attention looks back only.
         """
-        x, is_image = self.embed(input_ids, images)
-        logits = self.decoder(x, is_image)                                        # (B, T, V)
+        x, is_adapted = self.embed(input_ids, images)
+        logits = self.decoder(x, is_adapted)                                      # (B, T, V)
         if labels is None:
             return logits, None
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(),
@@ -544,10 +607,10 @@ class MLLM(nn.Module):
             raise ValueError(f"a prompt of {T} tokens and an answer of up to {max_new_tokens} do not fit in "
                              f"max_len {limit}")
         input_ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=self.config.pad_id)
-        x, is_image = self.embed(input_ids.to(device), images)
+        x, is_adapted = self.embed(input_ids.to(device), images)
         cache = self.decoder.new_cache(len(prompts), T + max_new_tokens)
         last = torch.arange(len(prompts), device=device), lengths - 1
-        logits = self.decoder(x, is_image, cache=cache)[last]                     # (B, V)
+        logits = self.decoder(x, is_adapted, cache=cache)[last]                   # (B, V)
         stopped = torch.zeros_like(lengths, dtype=torch.bool)
         for step in range(max_new_tokens):
             tokens = pick_token(logits, temperature, top_k, top_p, generator)
@@ -559,7 +622,8 @@ class MLLM(nn.Module):
             # A padded prompt left its padding in the slots from its length on; each new token overwrites
             # the slot of its own position before anything reads it.
             x = self.decoder.token_embedding(tokens)[:, None]                     # (B, 1, D)
-            logits = self.decoder(x, None, (lengths + step)[:, None], cache)[:, -1]
+            is_adapted = ADAPTED[self.config.lora_on](tokens[:, None], False)
+            logits = self.decoder(x, is_adapted, (lengths + step)[:, None], cache)[:, -1]
 
     def save(self, path, **extra) -> None:
         """Write config and weights, and what `extra` names, to one file."""

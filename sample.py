@@ -34,7 +34,7 @@ def stream(model: MLLM, tokenizer: Tokenizer, image: Image.Image, turns: list[tu
     Raises ValueError when the conversation and its answer would not fit in the model.
     """
     config, device = model.config, model.ln_vision.weight.device
-    ids, _ = encode_turns(tokenizer, turns, config.n_queries, max_len=10**9)
+    ids, _ = encode_turns(tokenizer, turns, config.n_rows, max_len=10**9)
     pixels = to_pixels(image, config.image_size)[None].to(device)
     answer, shown = [], ""
     for token in model.generate([torch.tensor(ids, device=device)], pixels, max_new_tokens, END, **sampling):

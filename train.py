@@ -1,4 +1,4 @@
-"""Train the model: `python train.py`, about ten minutes on two CPU cores, no downloads.
+"""Train the model: `python train.py`, ten to fifteen minutes on two CPU cores, no downloads.
 
     stage      what it sees               what it stands for
     read       text                       a pretrained language model
@@ -11,6 +11,7 @@ starts from the weight file of the one before and writes its own, `out/<stage>.p
 questioned about pictures it never saw: `metrics.json`, `curves.png` and `samples.png` in `out/`.
 
     python train.py                           everything, with the preset of your device
+    python train.py --recipe minigpt4         another published choice of who learns when
     python train.py --stage instruct          one stage, from out/align.pt
     python train.py --resume                  go on where an interrupted run stopped
     python train.py --data my.json            your own pictures and conversations (LLaVA JSON)
@@ -40,18 +41,26 @@ from model import MLLM, PARTS, ModelConfig, part_of
 STAGES = ("read", "see", "align", "instruct")
 
 # Which parts learn in each stage; all others are frozen. This table decides it, the report prints it.
-# "blip2_plora" lets all that lies between ViT and decoder learn (as BLIP-2 does, arXiv 2301.12597, section 3.2)
-# and adds Partial LoRA; "xcomposer2" is as published (arXiv 2401.16420, section 3).
+# Stage 0 stands in for downloads and is the same for all.
+STAGE_0 = {"read": ("decoder",), "see": ("vit", "qformer")}
 WHO_LEARNS = {
-    "blip2_plora": {"read": ("decoder",),
-                    "see": ("vit", "qformer"),
-                    "align": ("qformer", "projector", "plora"),
-                    "instruct": ("qformer", "projector", "plora")},
-    "xcomposer2": {"read": ("decoder",),
-                   "see": ("vit", "qformer"),
-                   "align": ("vit", "projector", "plora"),
-                   "instruct": ("vit", "projector", "plora", "decoder")},
+    # All between ViT and decoder learns, as in BLIP-2 (arXiv 2301.12597, section 3.2), with Partial LoRA.
+    "blip2_plora": STAGE_0 | {"align": ("qformer", "projector", "plora"),
+                              "instruct": ("qformer", "projector", "plora")},
+    # arXiv 2304.10592, section 3: one linear layer.
+    "minigpt4": STAGE_0 | {"align": ("projector",), "instruct": ("projector",)},
+    # The two-stage recipe of low-rank adapters (arXiv 2106.09685), on every token or on those of images.
+    "lora": STAGE_0 | {"align": ("projector",), "instruct": ("plora",)},
+    "plora": STAGE_0 | {"align": ("projector",), "instruct": ("plora",)},
+    # arXiv 2401.16420, section 3.
+    "xcomposer2": STAGE_0 | {"align": ("vit", "projector", "plora"),
+                             "instruct": ("vit", "projector", "plora", "decoder")},
+    # A fusion layer between two frozen models.
+    "frozen": STAGE_0 | {"align": ("projector",), "instruct": ("projector",)},
 }
+LORA_ON = {"lora": "all"}                # recipes whose adapters change other rows than those of images
+# Settings that `align` may change after stage 0.
+NEW_AT_ALIGN = ("connector", "projector", "projector_norm", "r", "alpha", "lora_dropout", "lora_on")
 
 
 @dataclass(frozen=True)
@@ -71,10 +80,10 @@ class Config(ModelConfig):
     read_turns: int = 2                  # questions about each description; with more, earlier turns
                                          # offer their words for matching in the description's place
     instruct_turns: int = 3              # questions about each picture
-    read_samples: int = 64_000
+    read_samples: int = 56_000
     see_samples: int = 40_000
     align_samples: int = 9_600
-    instruct_samples: int = 28_800
+    instruct_samples: int = 40_000
     batch_size: int = 64                 # samples for each step of the optimizer
     accumulate: int = 1                  # micro-batches that make up a batch
     read_lr: float = 3.5e-3              # peak learning rates of each stage, for Muon
@@ -196,7 +205,7 @@ def make_optimizers(model: MLLM, config: Config, stage: str) -> list[torch.optim
     AdamW does not in many; `match_rms_adamw` scales it so that one learning rate fits all shapes.
     """
     peak = getattr(config, f"{stage}_lr")
-    groups: dict[type, list] = {torch.optim.Muon: [], torch.optim.AdamW: []}
+    matrices, others = [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -204,15 +213,17 @@ def make_optimizers(model: MLLM, config: Config, stage: str) -> list[torch.optim
         if part_of(name) == "decoder" and name.split(".")[-2] in ("w1", "w2", "w3"):
             lr *= config.ffn_lr
         if parameter.ndim == 2 and not any(word in name for word in ("embedding", "head")):
-            groups[torch.optim.Muon].append(dict(params=[parameter], lr=lr))
+            matrices.append(dict(params=[parameter], lr=lr))
         else:
-            is_vision = part_of(name) in ("vit", "qformer")
-            lr *= config.vision_adamw_lr if is_vision else config.adamw_lr
+            lr *= config.vision_adamw_lr if part_of(name) in ("vit", "qformer") else config.adamw_lr
             decay = config.weight_decay if parameter.ndim > 1 else 0.0
-            groups[torch.optim.AdamW].append(dict(params=[parameter], lr=lr, weight_decay=decay))
-    optimizers = [torch.optim.Muon(groups[torch.optim.Muon], weight_decay=config.weight_decay,
-                                   adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW(groups[torch.optim.AdamW], betas=(0.9, 0.95))]
+            others.append(dict(params=[parameter], lr=lr, weight_decay=decay))
+    optimizers = []
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, weight_decay=config.weight_decay,
+                                           adjust_lr_fn="match_rms_adamw"))
+    if others:
+        optimizers.append(torch.optim.AdamW(others, betas=(0.9, 0.95)))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
@@ -306,7 +317,7 @@ def answer(model: MLLM, prompts: list[Sample], collate: Collate, config: Config,
     model.eval()
     for start in range(0, len(prompts), 100):
         some = prompts[start:start + 100]
-        ids = [torch.tensor(encode_turns(collate.tokenizer, prompt.turns, collate.n_queries, collate.max_len)[0])
+        ids = [torch.tensor(encode_turns(collate.tokenizer, prompt.turns, collate.n_rows, collate.max_len)[0])
                for prompt in some]
         images = collate.images(some).roll(int(blind), dims=0).to(device)
         with autocast(device, config):
@@ -424,7 +435,8 @@ def draw_samples(shown: list, path: Path) -> None:
 
 def report(model: MLLM, config: Config, stage: str) -> None:
     """Print who learns in this stage."""
-    print(f"\n{stage}: {stage_samples(config, stage)} samples, recipe {config.recipe}")
+    print(f"\n{stage}: {stage_samples(config, stage)} samples, recipe {config.recipe}, adapters on "
+          f"{config.lora_on} rows")
     for part in PARTS:
         count = sum(parameter.numel() for name, parameter in model.named_parameters() if part_of(name) == part)
         learns = part in WHO_LEARNS[config.recipe][stage]
@@ -435,13 +447,22 @@ def model_for(stage: str, config: Config, tokenizer: Tokenizer, out: Path, devic
     """The model that a stage starts from: a fresh one, or the weight file of the stage before."""
     if stage == STAGES[0]:
         torch.manual_seed(config.seed)
-        return MLLM(model_config(config, tokenizer)).to(device)
+        return MLLM(replace(model_config(config, tokenizer), lora_on="image")).to(device)
     before = out / f"{STAGES[STAGES.index(stage) - 1]}.pt"
     if not before.exists():
         raise FileNotFoundError(f"stage {stage!r} starts from {before}, which is not there: run the stages before it")
     model = MLLM.load(before, device)
-    if stage not in ("read", "see") and model.config.text_branch:
+    asked = {name: getattr(config, name) for name in NEW_AT_ALIGN}
+    differs = [name for name in NEW_AT_ALIGN if getattr(model.config, name) != asked[name]]
+    if stage == "align":
         model.drop_text_branch()                              # only `see` needs it
+        if differs:
+            print(f"{', '.join(differs)}: other than in {before}, so projector and adapters start anew")
+            torch.manual_seed(config.seed)
+            model = model.renewed(**asked).to(device)
+    elif stage == "instruct" and differs:
+        raise ValueError(f"{before} was trained with {differs[0]} {getattr(model.config, differs[0])!r}, but "
+                         f"{asked[differs[0]]!r} is asked for: run `align` with it first")
     return model
 
 
@@ -470,9 +491,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stage", choices=(*STAGES, "evaluate"), help="run this one alone")
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
     for field in fields(Config):
+        if field.name == "lora_on":                           # follows from the recipe
+            continue
         flag = "--" + field.name.replace("_", "-")
         if field.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
+        elif field.name in ("recipe", "connector"):
+            choices = WHO_LEARNS if field.name == "recipe" else ("qformer", "patch-merge")
+            parser.add_argument(flag, choices=choices, default=argparse.SUPPRESS)
         elif field.name == "image_size":
             parser.add_argument(flag, type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), default=argparse.SUPPRESS)
         else:
@@ -488,7 +514,8 @@ def settings(arguments: argparse.Namespace) -> Config:
     if config.data and "image_size" not in given:
         records = Conversations(config.data, config.images, config.skip_bad)
         config = replace(config, image_size=fit_image_size(config, records))
-    return replace(config, image_size=tuple(config.image_size))
+    return replace(config, image_size=tuple(config.image_size),
+                   lora_on=LORA_ON.get(config.recipe, "image"))
 
 
 def main() -> None:
@@ -503,7 +530,7 @@ def main() -> None:
     if first == STAGES[0] and not state:
         Tokenizer.train(corpus(task.train("read")), config.vocab_size).save(out / "tokenizer.json")
     tokenizer = Tokenizer.load(out / "tokenizer.json")
-    collate = Collate(tokenizer, config.n_queries, config.image_size, config.max_len)
+    collate = Collate(tokenizer, config.n_rows, config.image_size, config.max_len)
 
     for stage in stages:
         start = time.time() - (state["seconds"] if state else 0)
@@ -517,6 +544,7 @@ def main() -> None:
 
     start = time.time()
     model = MLLM.load(out / f"{STAGES[-1]}.pt", device)
+    collate = replace(collate, n_rows=model.config.n_rows)    # those of the weights, whatever the flags say
     metrics, shown = evaluate(model, task, collate, config)
     history = {stage: torch.load(out / f"{stage}.pt", map_location="cpu", weights_only=True) for stage in STAGES}
     seconds = {stage: history[stage]["seconds"] for stage in STAGES} | {"evaluate": time.time() - start}

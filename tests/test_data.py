@@ -428,7 +428,7 @@ TURNS = [("<image> or <image>?", " A "), ("b", "no")]
 
 
 def test_ids_and_labels_equal_those_worked_by_hand():
-    ids, labels = encode_turns(BYTES, TURNS, n_queries=2, max_len=99)
+    ids, labels = encode_turns(BYTES, TURNS, n_rows=2, max_len=99)
     question = [2, 4, 5, 7, 1, 1, 8, 41, 120, 123, 7, 1, 1, 8, 41, 72, 4, 6]  # space 41, o 120, r 123, ? 72
     assert ids == question + [41, 74, 4] + [5, 41, 107, 4, 6] + [41, 119, 120, 4]  # A 74, b 107, n 119, o 120
     assert labels == [-100] * 18 + [41, 74, 4] + [-100] * 5 + [41, 119, 120, 4]
@@ -463,7 +463,7 @@ def test_what_is_too_long_is_cut_at_the_end_or_raises():
 
 # ---- Batches --------------------------------------------------------------------------------------
 
-COLLATE = Collate(BYTES, n_queries=2, image_size=(2, 4), max_len=99)
+COLLATE = Collate(BYTES, n_rows=2, image_size=(2, 4), max_len=99)
 
 
 def test_a_batch_pads_on_the_right_and_keeps_the_images_in_order():

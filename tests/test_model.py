@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model import (GPT, MLLM, PARTS, DropPath, GPTAttention, ModelConfig, QuickGELU, ViT, ViTBlock,
+from model import (GPT, MLLM, PARTS, DropPath, GPTAttention, ModelConfig, PatchMerge, QuickGELU, ViT, ViTBlock,
                    make_projector, part_of, pick_token, rotate, rotation)
 
 Q, IMAGE, V = 3, 1, 40                                        # rows an image takes, placeholder id, ids
@@ -151,6 +151,28 @@ def test_drop_path_is_the_identity_in_eval_mode():
 def test_drop_path_grows_from_zero_with_depth():
     vit = make_vit(n_layers=3, drop_path_rate=0.4)
     assert [block.drop_path.rate for block in vit.blocks] == pytest.approx([0, 0.2, 0.4])
+
+
+# ---- Patch merging --------------------------------------------------------------------------------
+
+def test_patch_merging_puts_four_neighbours_side_by_side_and_drops_the_class_token():
+    features = torch.randn(2, 9, 5)
+    rows = PatchMerge()(features)
+    for i in range(2):
+        assert torch.equal(rows[:, i], torch.cat([features[:, 1 + 4 * i + j] for j in range(4)], dim=1))
+    with pytest.raises(ValueError, match="there are 6"):
+        PatchMerge()(torch.randn(2, 7, 5))
+
+
+def test_a_model_without_a_qformer_takes_as_many_rows_as_there_are_fours_of_patches():
+    model = make_model(connector="patch-merge", image_size=(8, 16))               # 2 x 4 patches
+    assert model.config.n_rows == 2 and not list(model.qformer.parameters())
+    ids = torch.tensor([[5, IMAGE, IMAGE, 7, 8]])
+    images = torch.rand(1, 3, 8, 16, requires_grad=True)
+    model(ids, images, ids)[1].backward()
+    assert (images.grad != 0).all()                           # every pixel is seen
+    with pytest.raises(ValueError, match="unknown connector 'mlp'"):
+        make_model(connector="mlp")
 
 
 # ---- Projector ------------------------------------------------------------------------------------
@@ -352,6 +374,18 @@ def test_a_batch_without_images_gives_adapters_and_image_parts_gradients_of_exac
         assert (torch.count_nonzero(parameter.grad) > 0) == (part_of(name) == "decoder"), name
 
 
+@torch.no_grad()
+def test_lora_changes_text_and_partial_lora_never_does():
+    ids = torch.tensor([[5, 6, 7, 8]])
+    partial, everywhere = make_model(lora_on="image"), make_model(lora_on="all")
+    plain = partial.decoder(partial.decoder.token_embedding(ids))
+    for images in (None, make_images(0)):
+        assert torch.equal(partial(ids, images)[0], plain)
+        assert ((everywhere(ids, images)[0] - plain).abs().amax(dim=2) > 1e-4).all()
+    with pytest.raises(ValueError, match="unknown lora_on 'text'"):
+        make_model(lora_on="text")
+
+
 def test_images_of_none_run_the_plain_decoder_alone():
     model, ids = make_model(), torch.tensor([[5, 6, 7, 8]])
     logits, loss = model(ids, None, ids)
@@ -404,20 +438,21 @@ def generate(model, prompts, n_images, n_tokens, stop_id=NEVER, **sampling):
 
 def generate_slowly(model, prompt, images, n_tokens):
     """Greedy answer to one prompt that runs the whole text again for each token."""
-    x, is_image = model.embed(torch.tensor([prompt]), images)
+    x, is_adapted = model.embed(torch.tensor([prompt]), images)
     answer = []
     for _ in range(n_tokens):
-        answer.append(int(model.decoder(x, is_image)[0, -1].argmax()))
+        answer.append(int(model.decoder(x, is_adapted)[0, -1].argmax()))
         x = torch.cat([x, model.decoder.token_embedding.weight[answer[-1]][None, None]], dim=1)
-        is_image = F.pad(is_image, (0, 1))
+        is_adapted = F.pad(is_adapted, (0, 1), value=model.config.lora_on == "all")
     return answer
 
 
 @pytest.mark.parametrize("prompts", [UNEVEN, [[7]], [[5, 6, 7], [8, 9, 10]]],
                          ids=["uneven", "one token", "even"])
+@pytest.mark.parametrize("lora_on", ["image", "all"])
 @torch.no_grad()
-def test_generation_with_a_cache_equals_the_full_forward(prompts):
-    model = make_model()
+def test_generation_with_a_cache_equals_the_full_forward(prompts, lora_on):
+    model = make_model(lora_on=lora_on, alpha=4 if lora_on == "image" else 0.5)
     images = iter(make_images(3).unsqueeze(1))
     expected = []
     for prompt in prompts:
@@ -567,7 +602,19 @@ def test_the_last_blocks_of_the_qformer_go_with_its_text_branch():
     model.drop_text_branch()
     assert torch.equal(model.qformer(features), rows[0]) and model.config.qformer_layers == 2
     with pytest.raises(ValueError, match="qformer_drop_last 3 would leave none of 3 blocks"):
-        make_model(qformer_layers=3, qformer_drop_last=3)
+        make_model(text_branch=True, qformer_layers=3, qformer_drop_last=3)
+
+
+def test_a_renewed_model_keeps_all_but_projector_and_adapters():
+    model = make_model()
+    renewed = model.renewed(r=5, projector="mlp2x_gelu")
+    assert renewed.config.r == 5 and renewed.decoder.blocks[0].w1.lora_A.shape[0] == 5 and len(renewed.projector) == 3
+    for name, parameter in renewed.named_parameters():
+        if part_of(name) not in ("projector", "plora"):
+            assert torch.equal(parameter, model.get_parameter(name)), name
+    ids = torch.tensor([[5, *PICTURE, 7]])
+    x, is_adapted = renewed.embed(ids, make_images(1))
+    assert torch.equal(renewed.decoder(x, is_adapted), renewed.decoder(x))    # fresh adapters change nothing
 
 
 class Trap:

@@ -11,10 +11,12 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_table_of_who_learns_is_the_one_in_the_code():
-    rows = re.findall(r"^\| (read|see|align|instruct) \|(.+)\|$", README, re.MULTILINE)
-    stated = {stage: {part for part, cell in zip(train.PARTS, cells.split("|")[1:]) if "learns" in cell}
-              for stage, cells in rows}
-    assert stated == {stage: set(parts) for stage, parts in train.WHO_LEARNS[train.Config().recipe].items()}
+    rows = re.findall(r"^\| `(\w+)`[^|]*\| ([^|]+) \| ([^|]+) \|([^|]*)\|$", README.split("## Who")[1], re.MULTILINE)
+    stated = {recipe: (tuple(align.split(", ")), tuple(instruct.split(", "))) for recipe, align, instruct, _ in rows}
+    assert stated == {recipe: (who["align"], who["instruct"]) for recipe, who in train.WHO_LEARNS.items()}
+    on = {recipe: rows.strip().split(" ")[0] for recipe, _, _, rows in rows if rows.strip()}
+    assert on == {recipe: train.LORA_ON.get(recipe, "image") for recipe, who in train.WHO_LEARNS.items()
+                  if "plora" in who["align"] + who["instruct"]}
 
 
 def test_every_module_is_in_the_reading_order_and_there_is_no_other():

@@ -7,7 +7,7 @@ from PIL import Image
 
 import train
 from data import END, Collate, Sample, Scenes, Tokenizer, corpus
-from model import MLLM, PARTS, part_of
+from model import MLLM, PARTS, PatchMerge, part_of
 
 TINY = dict(vit_dim=16, vit_layers=1, vit_heads=2, qformer_dim=16, qformer_layers=2, qformer_heads=2, n_queries=2,
             dim=24, n_layers=2, n_heads=2, n_kv_heads=1, r=2, batch_size=4, read_samples=12, see_samples=12,
@@ -55,7 +55,7 @@ def parts():
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     torch.nn.init.constant_(model.qformer.temperature, 0.07)
-    return config, task, model, Collate(tokenizer, config.n_queries, config.image_size, config.max_len)
+    return config, task, model, Collate(tokenizer, config.n_rows, config.image_size, config.max_len)
 
 
 @pytest.mark.parametrize("recipe", train.WHO_LEARNS)
@@ -84,6 +84,30 @@ def test_the_table_names_every_stage_and_only_real_parts(recipe):
     assert all(set(learns) <= set(PARTS) for learns in train.WHO_LEARNS[recipe].values())
 
 
+def test_a_run_may_merge_patches_from_the_first_stage_on(tmp_path, monkeypatch):
+    run(monkeypatch, tmp_path, connector="patch-merge")
+    assert isinstance(MLLM.load(tmp_path / "align.pt").qformer, PatchMerge)
+
+
+@pytest.mark.parametrize("recipe", ["lora", "minigpt4"])
+def test_a_recipe_and_a_connector_may_change_after_stage_0(recipe, finished, tmp_path, monkeypatch):
+    for name in ("read.pt", "see.pt", "tokenizer.json"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    asked = dict(recipe=recipe, r=3, connector="patch-merge")
+    for stage in ("align", "instruct"):
+        run(monkeypatch, tmp_path, f"--stage={stage}", **asked)
+    before, after = (MLLM.load(folder / name) for folder, name in ((finished, "see.pt"), (tmp_path, "instruct.pt")))
+    assert after.config.lora_on == ("all" if recipe == "lora" else "image")
+    assert after.config.r == 3 and after.config.connector == "patch-merge"
+    adapters = [parameter for name, parameter in after.named_parameters() if "lora_B" in name]
+    assert any(parameter.any() for parameter in adapters) == (recipe == "lora")
+    with pytest.raises(ValueError, match="trained with connector 'patch-merge', but 'qformer' is asked for"):
+        run(monkeypatch, tmp_path, "--stage=instruct", recipe=recipe, r=3)
+    for part in ("vit", "decoder"):                           # frozen in both recipes
+        assert all(torch.equal(parameter, before.get_parameter(name))
+                   for name, parameter in after.named_parameters() if part_of(name) == part)
+
+
 def test_frozen_parameters_are_in_no_optimizer(parts):
     config, _, model, _ = parts
     model.train_only(("vit", "projector", "plora"))
@@ -98,6 +122,7 @@ def test_feed_forward_nets_of_the_decoder_learn_slower_than_its_attention(parts)
     groups = [group for optimizer in train.make_optimizers(model, config, "read") for group in optimizer.param_groups]
     lr = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
     block = model.decoder.blocks[0]
+    assert lr[id(model.decoder.lm_head.weight)] == pytest.approx(config.adamw_lr * config.read_lr)
     for layer in (block.w1, block.w2, block.w3):
         assert lr[id(layer.weight)] == pytest.approx(config.ffn_lr * lr[id(block.attention.wo.weight)])
 
