@@ -279,12 +279,12 @@ def ask(kind: str, things: list[Thing], about: Thing, spec: SceneSpec, rng: rand
         return (f"How many {what}s are there?",
                 str(sum(what in ("shape", thing.shape, thing.color + " shape") for thing in things)))
     if kind == "exists":
-        form = rng.choice(("{1}", "{0} shape", "{0} {1}"))        # a circle, a red shape, a red circle
+        form = rng.choice(("{1}", "{0} shape", "{0} {1}"))    # a circle, a red shape, a red circle
+        if rng.random() < 0.5:
+            return f"Is there a {form.format(about.color, about.shape)}?", "yes"
         there = [form.format(thing.color, thing.shape) for thing in things]
         near = [form.format(*pair) for pair in (spec.pairs if unseen else spec.seen)
                 if about.color in pair or about.shape in pair]
-        if rng.random() < 0.5:
-            return f"Is there a {form.format(about.color, about.shape)}?", "yes"
         if absent := [what for what in near if what not in there]:
             return f"Is there a {rng.choice(absent)}?", "no"
     if kind == "relation" and others:

@@ -12,8 +12,9 @@ before the model runs and every shape is static.
 
 The parts follow BLIP-2 (arXiv 2301.12597), MiniGPT-4 (2304.10592) and InternLM-XComposer2 (2401.16420).
 
-B texts, N images, T tokens, P patches, Q queries or other rows of an image, H heads, Hkv key/value heads, Dh head width,
-D decoder width, Dv vision width, Dq Q-Former width, V vocabulary, L longest cached sequence.
+B texts, N images, T tokens, P patches, Q queries or other rows of an image, H heads,
+Hkv key/value heads, Dh head width, D decoder width, Dv vision width, Dq Q-Former width,
+V vocabulary, L longest cached sequence.
 """
 import types
 from collections.abc import Iterator
@@ -396,7 +397,7 @@ class ModelConfig:
     qformer_heads: int = 4
     n_queries: int = 16
     qformer_dropout: float = 0.0
-    connector: str = "qformer"           # or "patch-merge", which has no Q-Former once `see` is over
+    connector: str = "qformer"           # one of `CONNECTORS`; "patch-merge" stands in the Q-Former's place
     text_branch: bool = True             # the Q-Former's half that stage 0 alone uses
     qformer_drop_last: int = 1           # blocks that go with it, see `MLLM.drop_text_branch`
     projector: str = "linear"
@@ -421,7 +422,9 @@ class ModelConfig:
 
     @property
     def n_rows(self) -> int:
-        """How many rows an image becomes."""
+        """How many rows an image becomes. Raises ValueError when its patches cannot be merged in fours."""
+        if self.connector == "patch-merge" and self.n_patches % 4:
+            raise ValueError(f"patch merging puts 4 patches in a row, but an image has {self.n_patches}")
         return {"qformer": self.n_queries, "patch-merge": self.n_patches // 4}[self.connector]
 
     @property
@@ -435,6 +438,7 @@ class ModelConfig:
 ADAPTED = {"image": lambda is_image, has_images: is_image if has_images else None,
            "all": lambda is_image, has_images: torch.ones_like(is_image, dtype=torch.bool)}
 
+CONNECTORS = ("qformer", "patch-merge")
 PARTS = ("vit", "qformer", "projector", "plora", "decoder")
 
 
@@ -476,16 +480,14 @@ class MLLM(nn.Module):
         self.config = c = config
         if c.text_branch and c.qformer_drop_last >= c.qformer_layers:
             raise ValueError(f"qformer_drop_last {c.qformer_drop_last} would leave none of {c.qformer_layers} blocks")
-        if c.connector not in ("qformer", "patch-merge"):
-            raise ValueError(f"unknown connector {c.connector!r}: use 'qformer' or 'patch-merge'")
-        if c.connector == "patch-merge" and c.n_patches % 4:
-            raise ValueError(f"patch merging puts 4 patches in a row, but an image has {c.n_patches}")
+        if c.connector not in CONNECTORS:
+            raise ValueError(f"unknown connector {c.connector!r}: use one of {', '.join(CONNECTORS)}")
         if c.lora_on not in ADAPTED:
             raise ValueError(f"unknown lora_on {c.lora_on!r}: use one of {', '.join(ADAPTED)}")
         self.vit = ViT(c.image_size, c.patch_size, c.vit_dim, c.vit_layers, c.vit_heads,
                        drop_path_rate=c.drop_path_rate, use_grad_checkpoint=c.use_grad_checkpoint)
         self.ln_vision = nn.LayerNorm(c.vit_dim)
-        if c.connector == "patch-merge" and not c.text_branch:
+        if c.connector == "patch-merge":
             self.qformer = PatchMerge()
         else:
             self.qformer = QFormer(c.qformer_dim, c.qformer_layers, c.qformer_heads, c.n_queries, c.vit_dim,
@@ -509,21 +511,21 @@ class MLLM(nn.Module):
         """Take off the Q-Former what only its own training needs: its text half and its last blocks.
 
         Text reads the queries on their way into each block, so nothing but ITC and ITM, which care little for
-        details, shapes what leaves the last one. LLaVA takes the last but one block of CLIP for the same reason.
+        details, shapes what leaves the last one. LLaVA takes the last but one block of CLIP for a like reason.
         """
         self.qformer.drop_text_branch()
         kept = self.config.qformer_layers - self.config.qformer_drop_last
         self.qformer.blocks = self.qformer.blocks[:kept]
         self.config = replace(self.config, text_branch=False, qformer_layers=kept, qformer_drop_last=0)
-        if self.config.connector == "patch-merge":
-            self.qformer = PatchMerge()
 
     def renewed(self, **settings) -> "MLLM":
         """A model with other settings for connector, projector and adapters. Projector and adapters start anew,
         ViT, decoder and a Q-Former that stays are kept."""
         model = MLLM(replace(self.config, **settings))
-        model.load_state_dict({name: parameter for name, parameter in self.state_dict().items()
-                               if part_of(name) not in ("projector", "plora")}, strict=False)
+        kept = {name: parameter for name, parameter in self.state_dict().items()
+                if part_of(name) not in ("projector", "plora")}
+        new = model.load_state_dict(kept, strict=False).missing_keys
+        assert all(part_of(name) in ("projector", "plora") for name in new), new
         return model
 
     def train_only(self, parts: tuple[str, ...]) -> None:
@@ -575,8 +577,8 @@ class MLLM(nn.Module):
     def forward(self, input_ids: Tensor, images: Tensor | None, labels: Tensor | None = None):
         """input_ids (B, T) right-padded, images (N, 3, height, width), labels (B, T) or None.
 
-        images None: text alone; with Partial LoRA nothing but the plain decoder runs. An empty tensor of images instead keeps
-        the adapters in the graph with gradients of zero, as a mixed batch would.
+        images None: text alone; with Partial LoRA nothing but the plain decoder runs. An empty tensor of images
+        instead keeps the adapters in the graph with gradients of zero, as a mixed batch would.
         labels hold the id to predict *at* each position, -100 where nothing is learned (all but answers).
         Returns logits (B, T, V) and the loss in nats per trained token, or None without labels.
         Padding needs no mask: it stands behind all that is read, and causal attention looks back only.

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from data import (DECODE, END, Collate, Conversations, Sample, SceneSpec, Scenes, Tokenizer, contact_sheet, corpus,
                   encode_turns)
-from model import MLLM, PARTS, ModelConfig, part_of
+from model import CONNECTORS, MLLM, PARTS, ModelConfig, part_of
 
 STAGES = ("read", "see", "align", "instruct")
 
@@ -447,7 +447,8 @@ def model_for(stage: str, config: Config, tokenizer: Tokenizer, out: Path, devic
     """The model that a stage starts from: a fresh one, or the weight file of the stage before."""
     if stage == STAGES[0]:
         torch.manual_seed(config.seed)
-        return MLLM(replace(model_config(config, tokenizer), lora_on="image")).to(device)
+        stage_0 = replace(model_config(config, tokenizer), lora_on="image", connector="qformer")
+        return MLLM(stage_0).to(device)
     before = out / f"{STAGES[STAGES.index(stage) - 1]}.pt"
     if not before.exists():
         raise FileNotFoundError(f"stage {stage!r} starts from {before}, which is not there: run the stages before it")
@@ -497,7 +498,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         if field.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
         elif field.name in ("recipe", "connector"):
-            choices = WHO_LEARNS if field.name == "recipe" else ("qformer", "patch-merge")
+            choices = WHO_LEARNS if field.name == "recipe" else CONNECTORS
             parser.add_argument(flag, choices=choices, default=argparse.SUPPRESS)
         elif field.name == "image_size":
             parser.add_argument(flag, type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), default=argparse.SUPPRESS)

@@ -171,6 +171,8 @@ def test_a_model_without_a_qformer_takes_as_many_rows_as_there_are_fours_of_patc
     images = torch.rand(1, 3, 8, 16, requires_grad=True)
     model(ids, images, ids)[1].backward()
     assert (images.grad != 0).all()                           # every pixel is seen
+    with pytest.raises(ValueError, match="an image has 6"):
+        make_model(connector="patch-merge", image_size=(8, 12)).config.n_rows
     with pytest.raises(ValueError, match="unknown connector 'mlp'"):
         make_model(connector="mlp")
 

@@ -87,6 +87,10 @@ def test_the_table_names_every_stage_and_only_real_parts(recipe):
 def test_a_run_may_merge_patches_from_the_first_stage_on(tmp_path, monkeypatch):
     run(monkeypatch, tmp_path, connector="patch-merge")
     assert isinstance(MLLM.load(tmp_path / "align.pt").qformer, PatchMerge)
+    run(monkeypatch, tmp_path, "--stage=align", recipe="minigpt4")                # and `align` may go back
+    before, after = (MLLM.load(tmp_path / name).state_dict() for name in ("see.pt", "align.pt"))
+    kept = [name for name in after if part_of(name) == "qformer"]
+    assert kept and all(torch.equal(after[name], before[name]) for name in kept)
 
 
 @pytest.mark.parametrize("recipe", ["lora", "minigpt4"])
