@@ -309,11 +309,12 @@ def ask_any(things: list[Thing], spec: SceneSpec, rng: random.Random, unseen: bo
 @dataclass
 class Sample:
     """One record of any source. `turns` are (question, answer) texts; the k-th "<image>" in the questions
-    stands for the k-th image."""
+    stands for the next image, or for the next frames[k] images if it is a clip."""
     images: list[Image.Image]
     turns: list[tuple[str, str]]
     kind: str = "answer"                                      # groups the answers in an evaluation
     name: str = "sample"                                      # for error messages
+    frames: tuple[int, ...] = ()                              # none: one image each
 
 
 class Scenes(Dataset):
@@ -380,14 +381,15 @@ class BadRecord(ValueError):
     """A record that cannot be trained on; the message names the file and the record."""
 
 
-def parse_record(record, folder: Path, name: str) -> tuple[list[Path], list[tuple[str, str]]]:
-    """One LLaVA record -> the paths of its images and its turns. Raises BadRecord."""
+def parse_record(record, folder: Path, name: str) -> tuple[list[list[Path]], list[tuple[str, str]]]:
+    """One LLaVA record -> the paths of the frames of each of its images, and its turns. Raises BadRecord."""
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
         raise BadRecord(f"{name}: expected an object with a list 'conversations'")
     images = record.get("image") or []
-    images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise BadRecord(f"{name}: 'image' must be a file name or a list of file names")
+    images = images if isinstance(images, list) else [images]
+    clips = [image if isinstance(image, list) else [image] for image in images]
+    if not all(clip and all(isinstance(frame, str) for frame in clip) for clip in clips):
+        raise BadRecord(f"{name}: 'image' must be a file name or a list of file names, a clip a list in that list")
     messages = record["conversations"]
     for i, message in enumerate(messages):
         expected = ("human", "gpt")[i % 2]
@@ -410,11 +412,49 @@ def parse_record(record, folder: Path, name: str) -> tuple[list[Path], list[tupl
     placeholders = sum(question.count("<image>") for question, _ in turns)
     if placeholders != len(images):
         raise BadRecord(f"{name}: {placeholders} <image> placeholders in the text, but {len(images)} images")
-    paths = [folder / image for image in images]
-    for path in paths:
-        if not os.path.isfile(path):                          # False, too, for names no file can have
-            raise BadRecord(f"{name}: no image file {path}")
-    return paths, turns
+    return [[existing(folder / frame, name) for frame in clip] for clip in clips], turns
+
+
+def parse_caption(record, folder: Path, name: str) -> tuple[list[list[Path]], list[tuple[str, str]]]:
+    """One annotation of MiniGPT-4's layout -> the path of its image, and its caption as a turn. Raises BadRecord."""
+    if not isinstance(record, dict) or not isinstance(record.get("image_id"), (str, int)):
+        raise BadRecord(f"{name}: expected an object with 'image_id' and 'caption'")
+    caption = record.get("caption")
+    if not isinstance(caption, str) or not caption.strip() or "<image>" in caption:
+        raise BadRecord(f"{name}: 'caption' must be a text that is not empty and holds no <image>")
+    return [[existing(folder / f"{record['image_id']}.jpg", name)]], [("<image>", caption)]
+
+
+def existing(path: Path, name: str) -> Path:
+    if not os.path.isfile(path):                              # False, too, for names no file can have
+        raise BadRecord(f"{name}: no image file {path}")
+    return path
+
+
+# Markup and all signs but letters, digits and usual punctuation; where one sentence ends and another starts.
+MEANINGLESS = re.compile(r"<[^<>]*>|[^\w\s.,;:!?'\"()%$€&/°’‘“”…。！？，、-]|_")
+SENTENCE = re.compile(r".+?(?:[.!?][\"')’”]*(?=\s|$)|[。！？]|$)", re.DOTALL)
+
+
+def clean_caption(caption: str, min_words: int) -> str:
+    """A caption fit to be imitated, or "" where it cannot be mended: without meaningless signs, sentences said before
+    and a last sentence that does not end; "" if fewer than min_words words are left.
+
+    "A dog runs. ### A dog runs. It is brown!!! The gras" becomes "A dog runs. It is brown!".
+    Source: arXiv 2304.10592, section 3.2. Differs: rules alone, nothing is asked of ChatGPT.
+    """
+    text = re.sub(r"\.{2,}", "…", MEANINGLESS.sub("", caption))
+    text = re.sub(r"([^\w\s])\1+", r"\1", text)               # "!!!" says no more than "!"
+    kept, said = [], set()
+    for sentence in SENTENCE.findall(text):
+        words = tuple(re.findall(r"\w+", sentence.lower()))
+        if words and (words not in said or len("".join(words)) < 5):  # "Mr." and the like may come again
+            kept.append(" ".join(sentence.split()))
+        said.add(words)
+    if kept and not re.search(r"[.!?。！？]['\")’”]*$", kept[-1]):
+        kept.pop()
+    text = " ".join(kept)
+    return text if len(re.findall(r"\w+", text)) >= min_words else ""
 
 
 def read_image(path: str | Path, name: str = "") -> Image.Image:
@@ -427,35 +467,48 @@ def read_image(path: str | Path, name: str = "") -> Image.Image:
 
 
 class Conversations(Dataset):
-    """Records of LLaVA JSON: [{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}, ...]}].
+    """Pictures and text of your own, in one of two layouts.
 
-    "image" is a file name, a list of them, or absent; "<image>" stands anywhere in the questions, once for
-    each image. Pictures are read from `folder`, by default images/ beside the JSON or else its own folder,
-    when they are needed. task "read" leaves the pictures out; "see" keeps only records with one.
+    LLaVA JSON: [{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}, ...]}]. "image" is a file
+    name, a list of them, or absent; a list in that list holds the frames of a clip. "<image>" stands anywhere in
+    the questions, once for each image or clip. Pictures are read when they are needed, from `folder`, by default
+    images/ beside the JSON or else its own folder.
+
+    MiniGPT-4's `cc_sbu_align`, a folder: filter_cap.json, {"annotations": [{"image_id", "caption"}]}, and
+    image/<image_id>.jpg. For "instruct" its captions are cleaned, see `clean_caption`, and answer an instruction
+    drawn at random; `cleaned` counts those "kept" as they were, "mended" and "dropped".
+
+    task "read" leaves the pictures out; "see" keeps only records with one.
     skip_bad: leave records out that cannot be used, listing why in `skipped`, instead of raising BadRecord.
     Raises FileNotFoundError, or ValueError naming the file, and the record where there is one.
     """
 
-    def __init__(self, path: str | Path, folder: str | Path | None = None, skip_bad: bool = False):
+    def __init__(self, path: str | Path, folder: str | Path | None = None, skip_bad: bool = False,
+                 min_words: int = 5):
         path = Path(path)
+        path = path / "filter_cap.json" if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"no data file {path}")
         try:
-            records = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not JSON ({error})") from error
+        self.captions = isinstance(content, dict) and "annotations" in content
+        records, parse = (content["annotations"], parse_caption) if self.captions else (content, parse_record)
         if not isinstance(records, list) or not records:
             raise ValueError(f"{path}: expected a list of at least one record")
-        folder = Path(folder or (path.parent / "images" if (path.parent / "images").is_dir() else path.parent))
-        self.task, self.records, self.skipped = "instruct", [], []
+        beside = path.parent / ("image" if self.captions else "images")
+        folder = Path(folder or (beside if beside.is_dir() else path.parent))
+        self.task, self.min_words, self.cleaned = "instruct", min_words, Counter()
+        self.records, self.skipped = [], []
         for i, record in enumerate(records):
-            name = f"{path} record {i}" + (f" (id {record['id']})" if isinstance(record, dict) and "id" in record
-                                           else "")
+            ids = [record[key] for key in ("id", "image_id") if key in record] if isinstance(record, dict) else []
+            name = f"{path} record {i}" + (f" (id {ids[0]})" if ids else "")
             try:
-                paths, turns = parse_record(record, folder, name)
-                for image in paths if skip_bad else []:
-                    read_image(image, name)                   # broken ones must be known before training
-                self.records.append((paths, turns, name))
+                images, turns = parse(record, folder, name)
+                for frame in sum(images, []) if skip_bad else []:
+                    read_image(frame, name)                   # broken ones must be known before training
+                self.records.append((images, turns, name))
             except BadRecord as error:
                 if not skip_bad:
                     raise
@@ -478,16 +531,28 @@ class Conversations(Dataset):
         other.task = task
         if task == "see":
             other.records = [record for record in self.records if record[0]]
+        if task == "instruct" and self.captions:
+            other.records, other.cleaned = [], Counter()
+            for images, [(_, caption)], name in self.records:
+                clean = clean_caption(caption, self.min_words)
+                other.cleaned["dropped" if not clean else "kept" if clean == caption else "mended"] += 1
+                if clean:
+                    instruction = random.Random(name).choice(DESCRIBE)
+                    other.records.append((images, [(f"<image> {instruction}", clean)], name))
+            if not other.records:
+                raise ValueError(f"no caption of {self.records[0][2]} and after is left after cleaning: they need at "
+                                 f"least {self.min_words} words in whole sentences")
         return other
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, i: int) -> Sample:
-        paths, turns, name = self.records[i]
+        images, turns, name = self.records[i]
         if self.task == "read":
             return Sample([], [(question.replace("<image>", " "), answer) for question, answer in turns], name=name)
-        return Sample([read_image(path, name) for path in paths], turns, name=name)
+        return Sample([read_image(frame, name) for clip in images for frame in clip], turns, name=name,
+                      frames=tuple(map(len, images)))
 
 
 # ---- From a sample to ids and labels --------------------------------------------------------------
@@ -501,17 +566,19 @@ def corpus(samples: Dataset, at_most: int = 5000) -> list[str]:
             for i in range(min(len(samples), at_most))]
 
 
-def encode_turns(tokenizer: Tokenizer, turns: list[tuple[str, str | None]], n_rows: int,
-                 max_len: int, name: str = "sample") -> tuple[list[int], list[int]]:
+def encode_turns(tokenizer: Tokenizer, turns: list[tuple[str, str | None]], n_rows: int, max_len: int,
+                 name: str = "sample", frames: tuple[int, ...] = ()) -> tuple[list[int], list[int]]:
     """A conversation as (ids, labels), in MiniGPT-4's template (arXiv 2304.10592, section 3.2):
 
         <s>###Human: <Img>(n_rows placeholders)</Img> What color is the circle?###Assistant: red###
 
     Labels are the ids on each answer and the ### that ends it, and -100 everywhere else. An answer of None
-    ends the ids where the model is to go on. What is longer than max_len is cut at the end.
+    ends the ids where the model is to go on. What is longer than max_len is cut at the end. The k-th "<image>"
+    gets n_rows placeholders, a clip of frames[k] frames so many times n_rows.
     Raises ValueError when the cut would take image rows or leave nothing to learn.
     """
     ids, labels = [START], [NOT_LEARNED]
+    lengths = iter(frames or [1] * sum(question.count("<image>") for question, _ in turns))
 
     def add(tokens: list[int], learned: bool = False) -> None:
         ids.extend(tokens)
@@ -521,7 +588,7 @@ def encode_turns(tokenizer: Tokenizer, turns: list[tuple[str, str | None]], n_ro
         add([END, HUMAN] if turn == 0 else [HUMAN])
         for i, text in enumerate(question.split("<image>")):
             if i:
-                add([IMAGE_OPEN] + [IMAGE] * n_rows + [IMAGE_CLOSE])
+                add([IMAGE_OPEN] + [IMAGE] * (n_rows * next(lengths)) + [IMAGE_CLOSE])
             if text.strip():
                 add(tokenizer.encode(" " + text.strip()))
         add([END, ASSISTANT])
@@ -559,8 +626,8 @@ class Collate:
 
     def conversations(self, samples: list[Sample]) -> dict[str, Tensor]:
         """{"input_ids" (B, T), "images" (N, 3, height, width), "labels" (B, T)} for `MLLM.forward`."""
-        encoded = [encode_turns(self.tokenizer, sample.turns, self.n_rows, self.max_len, sample.name)
-                   for sample in samples]
+        encoded = [encode_turns(self.tokenizer, sample.turns, self.n_rows, self.max_len, sample.name,
+                                sample.frames) for sample in samples]
         ids, labels = ([torch.tensor(row) for row in rows] for rows in zip(*encoded))
         return {"input_ids": pad_sequence(ids, batch_first=True, padding_value=PAD),
                 "images": self.images(samples),

@@ -162,34 +162,36 @@ class ViT(nn.Module):
         return x
 
 
-# ---- Patch merging: what stands in the Q-Former's place where there is none -----------------------
+# ---- What stands in the Q-Former's place where there is none --------------------------------------
 
 class PatchMerge(nn.Module):
-    """Four patches that follow each other, side by side in one row: (N, 1 + P, Dv) -> (N, P / 4, 4 Dv).
+    """n patches that follow each other, side by side in one row: (N, 1 + P, Dv) -> (N, P / n, n Dv).
 
     The class token is dropped. Patches follow each other from left to right and line by line, so where a line is
-    no multiple of 4 long, some rows join the end of one to the start of the next.
-    Raises ValueError when P is no multiple of 4. Source: MiniGPT-v2, arXiv 2310.09478, section 2.1.
+    no multiple of n long, some rows join the end of one to the start of the next. With n = 1 each patch is a
+    row, as in LLaVA (arXiv 2304.08485, section 4.1).
+    Raises ValueError when P is no multiple of n. Source: MiniGPT-v2, arXiv 2310.09478, section 2.1, with n = 4.
     """
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.n = n
 
     def forward(self, image_features: Tensor) -> Tensor:
         N, P, Dv = image_features[:, 1:].shape
-        if P % 4:
-            raise ValueError(f"patch merging puts 4 patches in a row, but there are {P}")
-        return image_features[:, 1:].reshape(N, P // 4, 4 * Dv)                   # (N, P / 4, 4 Dv)
-
-    def reset_parameters(self) -> None:
-        """It has none."""
+        if P % self.n:
+            raise ValueError(f"patch merging puts {self.n} patches in a row, but there are {P}")
+        return image_features[:, 1:].reshape(N, P // self.n, self.n * Dv)         # (N, P / n, n Dv)
 
 
 # ---- Projector: from the Q-Former's width to the decoder's ----------------------------------------
 
-def make_projector(kind: str, in_dim: int, out_dim: int, hidden_dim: int | None = None,
+def make_projector(kind: str, in_dim: int, out_dim: int, hidden_dim: int = 0,
                    activation: str = "gelu", normalization: bool = False) -> nn.Module:
     """A module (..., in_dim) -> (..., out_dim).
 
     kind: "linear"; "mlpNx_gelu", N linears with GELU between them (LLaVA's is "mlp2x_gelu"); "mlp", two
-    linears through hidden_dim with a chosen activation; "identity". normalization adds a LayerNorm of
+    linears through hidden_dim (0: out_dim) with a chosen activation; "identity". normalization adds a LayerNorm of
     the output. Raises ValueError for an unknown kind or activation, or an identity between
     different widths.
     """
@@ -397,10 +399,12 @@ class ModelConfig:
     qformer_heads: int = 4
     n_queries: int = 16
     qformer_dropout: float = 0.0
-    connector: str = "qformer"           # one of `CONNECTORS`; "patch-merge" stands in the Q-Former's place
+    connector: str = "qformer"           # or one of `MERGED`, which stands in the Q-Former's place
     text_branch: bool = True             # the Q-Former's half that stage 0 alone uses
     qformer_drop_last: int = 1           # blocks that go with it, see `MLLM.drop_text_branch`
-    projector: str = "linear"
+    projector: str = "linear"            # see `make_projector`
+    projector_hidden_dim: int = 0        # of "mlp"; 0: as wide as the decoder
+    projector_activation: str = "gelu"
     projector_norm: bool = False
     dim: int = 192
     n_layers: int = 3
@@ -422,15 +426,13 @@ class ModelConfig:
 
     @property
     def n_rows(self) -> int:
-        """How many rows an image becomes. Raises ValueError when its patches cannot be merged in fours."""
-        if self.connector == "patch-merge" and self.n_patches % 4:
-            raise ValueError(f"patch merging puts 4 patches in a row, but an image has {self.n_patches}")
-        return {"qformer": self.n_queries, "patch-merge": self.n_patches // 4}[self.connector]
+        """How many rows an image becomes."""
+        return self.n_queries if self.connector == "qformer" else self.n_patches // MERGED[self.connector]
 
     @property
     def row_dim(self) -> int:
         """The width of such a row before the projector."""
-        return {"qformer": self.qformer_dim, "patch-merge": 4 * self.vit_dim}[self.connector]
+        return self.qformer_dim if self.connector == "qformer" else MERGED[self.connector] * self.vit_dim
 
 
 # From is_image (B, T) bool and whether there are images, the rows that adapters change: those of images
@@ -438,7 +440,8 @@ class ModelConfig:
 ADAPTED = {"image": lambda is_image, has_images: is_image if has_images else None,
            "all": lambda is_image, has_images: torch.ones_like(is_image, dtype=torch.bool)}
 
-CONNECTORS = ("qformer", "patch-merge")
+MERGED = {"patch-merge": 4, "patches": 1}                     # connectors without a Q-Former: patches in a row
+CONNECTORS = ("qformer", *MERGED)
 PARTS = ("vit", "qformer", "projector", "plora", "decoder")
 
 
@@ -487,13 +490,14 @@ class MLLM(nn.Module):
         self.vit = ViT(c.image_size, c.patch_size, c.vit_dim, c.vit_layers, c.vit_heads,
                        drop_path_rate=c.drop_path_rate, use_grad_checkpoint=c.use_grad_checkpoint)
         self.ln_vision = nn.LayerNorm(c.vit_dim)
-        if c.connector == "patch-merge":
-            self.qformer = PatchMerge()
+        if c.connector in MERGED:
+            self.qformer = PatchMerge(MERGED[c.connector])
         else:
             self.qformer = QFormer(c.qformer_dim, c.qformer_layers, c.qformer_heads, c.n_queries, c.vit_dim,
                                    dropout=c.qformer_dropout, vocab_size=c.vocab_size if c.text_branch else 0,
                                    max_text_len=c.max_len, pad_id=c.pad_id)
-        self.projector = make_projector(c.projector, c.row_dim, c.dim, normalization=c.projector_norm)
+        self.projector = make_projector(c.projector, c.row_dim, c.dim, c.projector_hidden_dim,
+                                        c.projector_activation, c.projector_norm)
         self.decoder = GPT(c.vocab_size, c.dim, c.n_layers, c.n_heads, c.n_kv_heads, rope_theta=c.rope_theta,
                            qkv_bias=c.qkv_bias, r=c.r, alpha=c.alpha, lora_dropout=c.lora_dropout)
         self.reset_parameters()
@@ -501,10 +505,8 @@ class MLLM(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise every parameter anew."""
         self.ln_vision.reset_parameters()
-        for module in (self.vit, self.qformer, self.decoder):
-            module.reset_parameters()
-        for module in self.projector:
-            if isinstance(module, (nn.Linear, nn.LayerNorm)):
+        for module in (self.vit, self.qformer, *self.projector, self.decoder):
+            if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
 
     def drop_text_branch(self) -> None:
@@ -518,14 +520,17 @@ class MLLM(nn.Module):
         self.qformer.blocks = self.qformer.blocks[:kept]
         self.config = replace(self.config, text_branch=False, qformer_layers=kept, qformer_drop_last=0)
 
-    def renewed(self, **settings) -> "MLLM":
-        """A model with other settings for connector, projector and adapters. Projector and adapters start anew,
-        ViT, decoder and a Q-Former that stays are kept."""
-        model = MLLM(replace(self.config, **settings))
-        kept = {name: parameter for name, parameter in self.state_dict().items()
-                if part_of(name) not in ("projector", "plora")}
-        new = model.load_state_dict(kept, strict=False).missing_keys
-        assert all(part_of(name) in ("projector", "plora") for name in new), new
+    def renewed(self, config: ModelConfig) -> "MLLM":
+        """This model with other settings. Parameters that keep name and shape keep their values, the position
+        embedding of the ViT is interpolated to the image size, what is new starts anew."""
+        if config == self.config:
+            return self
+        model, state = MLLM(config), self.state_dict()
+        if config.patch_size == self.config.patch_size:
+            state["vit.position_embedding"] = self.vit.positions(model.vit.grid)
+        fits = {name: value for name, value in model.state_dict().items()
+                if name in state and state[name].shape == value.shape}
+        model.load_state_dict({name: state[name] for name in fits}, strict=False)
         return model
 
     def train_only(self, parts: tuple[str, ...]) -> None:
@@ -546,6 +551,18 @@ class MLLM(nn.Module):
             if learns and not any(learns):
                 module.eval()
                 module.train = types.MethodType(stay_in_eval, module)
+
+    @torch.no_grad()
+    def cast_frozen(self, dtype: torch.dtype) -> None:
+        """Keep the weights and biases of frozen linear and convolution layers in another dtype, for half the
+        memory; what learns and all norms and embeddings stay float32. Run the model under autocast then.
+        Source: `convert_weights_to_fp16` in the code of BLIP-2 and MiniGPT-4.
+        """
+        for module in self.modules():
+            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+                for parameter in (module.weight, module.bias):
+                    if parameter is not None and not parameter.requires_grad:
+                        parameter.data = parameter.data.to(dtype)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """images (N, 3, height, width), pixels in [-1, 1] -> rows for the decoder (N, Q, D)."""

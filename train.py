@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import resource
 import time
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, fields, replace
@@ -59,8 +60,15 @@ WHO_LEARNS = {
     "frozen": STAGE_0 | {"align": ("projector",), "instruct": ("projector",)},
 }
 LORA_ON = {"lora": "all"}                # recipes whose adapters change other rows than those of images
-# Settings that `align` may change after stage 0.
-NEW_AT_ALIGN = ("connector", "projector", "projector_norm", "r", "alpha", "lora_dropout", "lora_on")
+# Settings of the model that a stage may change; all others stay those of the weights it starts from.
+MAY_CHANGE = {
+    "see": ("patch_size", "vit_dim", "vit_layers", "vit_heads", "qformer_dim", "qformer_layers", "qformer_heads",
+            "n_queries", "qformer_drop_last", "max_len"),
+    "align": ("connector", "projector", "projector_hidden_dim", "projector_activation", "projector_norm", "r", "alpha",
+              "lora_on"),
+    "instruct": (),
+}
+ANY_TIME = ("image_size", "drop_path_rate", "use_grad_checkpoint", "qformer_dropout", "lora_dropout")
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ class Config(ModelConfig):
     val: str = ""                        # LLaVA JSON to be measured on; empty: every 20th record of data
     images: str = ""                     # folder of their pictures; empty: images/ beside the JSON
     skip_bad: bool = False               # leave unusable records out instead of stopping
+    min_words: int = 5                   # fewest in a caption that `instruct` imitates
     recipe: str = "blip2_plora"
     n_colors: int = 5
     n_shapes: int = 4
@@ -90,16 +99,22 @@ class Config(ModelConfig):
     see_lr: float = 4e-3
     align_lr: float = 6e-3
     instruct_lr: float = 6e-3
+    vit_lr: float = 1.0                  # share of the stage's rate that each part gets; 0: it stays frozen
+    qformer_lr: float = 1.0
+    projector_lr: float = 1.0
+    plora_lr: float = 1.0
+    decoder_lr: float = 1.0
+    ffn_lr: float = 0.1                  # of that, the decoder's feed-forward nets get so much: they learn what words
+                                         # go together, attention learns to look it up
+    vision_adamw_lr: float = 0.5         # of that, all but hidden matrices of ViT and Q-Former get so much
+    itc_weight: float = 0.1              # of the losses beside ITG; 0 leaves one out
+    itm_weight: float = 0.1
     contrast_every: int = 4              # ITC and ITM take one sample in so many
-    contrast_weight: float = 0.1         # of ITC and ITM beside ITG
-    ffn_lr: float = 0.1                  # share of the stage's rate that the decoder's feed-forward nets get: they
-                                         # learn what words go together, attention learns to look it up
-    adamw_lr: float = 1.0                # share of the stage's rate that all but hidden matrices get
-    vision_adamw_lr: float = 0.5         # the same in ViT and Q-Former
     weight_decay: float = 0.0
     warmup: float = 0.05                 # share of the steps until the peak
     clip: float = 1.0                    # largest norm of the gradient
     bf16: bool = True                    # matrix products in bfloat16 (autocast)
+    half_frozen: bool = False            # weights of frozen layers, too, are kept in bfloat16
     workers: int = 1                     # processes that prepare data
     eval_samples: int = 1000
     save_every: int = 200                # steps between two states to resume from
@@ -137,8 +152,9 @@ class Task:
                               config.max_things)
         n = config.eval_samples
         if config.data:
-            self.own = Conversations(config.data, config.images, config.skip_bad)
-            held_out = Conversations(config.val, config.images, config.skip_bad) if config.val else self.own.split(20)
+            self.own = self.conversations(config.data)
+            held_out = self.conversations(config.val) if config.val else self.own.split(20)
+            held_out = held_out.for_task("instruct")
             self.test = {"qa": Subset(held_out, range(min(n, len(held_out))))}
         else:
             self.test = {"qa": Scenes(self.spec, "question", n, "test", config.seed),
@@ -146,10 +162,20 @@ class Task:
                          "description": Scenes(self.spec, "describe", n // 2, "test", config.seed),
                          "read": Scenes(self.spec, "read", n // 2, "test", config.seed, n_turns=1)}
 
+    def conversations(self, path: str) -> Conversations:
+        c = self.config
+        records = Conversations(path, c.images, c.skip_bad, c.min_words)
+        for reason in records.skipped:
+            print(f"skipped {reason}")
+        return records
+
     def train(self, stage: str):
         c = self.config
         if self.own:
-            return self.own.for_task(stage)
+            records = self.own.for_task(stage)
+            if records.cleaned:
+                print("captions: " + ", ".join(f"{count} {what}" for what, count in records.cleaned.items()))
+            return records
         return Scenes(self.spec, stage, 2**40, "train", c.seed,
                       c.read_turns if stage == "read" else c.instruct_turns)
 
@@ -175,6 +201,15 @@ def stage_samples(config: Config, stage: str) -> int:
     return getattr(config, f"{stage}_samples")
 
 
+def who_learns(config: Config, stage: str) -> tuple[str, ...]:
+    """The recipe's parts for a stage, but for those whose rate is 0. Raises ValueError when none is left."""
+    learns = tuple(part for part in WHO_LEARNS[config.recipe][stage] if getattr(config, f"{part}_lr"))
+    if not learns:
+        raise ValueError(f"nothing would learn in {stage!r}: recipe {config.recipe!r} trains "
+                         f"{', '.join(WHO_LEARNS[config.recipe][stage])} there, at a rate of 0")
+    return learns
+
+
 # ---- How a stage learns ---------------------------------------------------------------------------
 
 def stage_loss(model: MLLM, stage: str, batch: dict[str, Tensor], config: Config) -> Tensor:
@@ -190,12 +225,16 @@ def stage_loss(model: MLLM, stage: str, batch: dict[str, Tensor], config: Config
     images, text = batch["images"], batch["text"]
     features = model.ln_vision(model.vit(images))                                 # (B, P, Dv)
     to_generate = torch.cat([torch.full_like(text[:, :1], DECODE), text[:, 1:]], dim=1)
-    itg, queries = model.qformer.itg_loss(features, to_generate)
+    loss, queries = model.qformer.itg_loss(features, to_generate)
     n = max(2, len(text) // config.contrast_every)
     features, queries, text = features[:n], queries[:n], text[:n]
-    similarity = model.qformer.similarity(queries, text)                          # (n, n)
-    itc, itm = model.qformer.itc_loss(similarity), model.qformer.itm_loss(features, text, similarity)
-    return itg + config.contrast_weight * (itc + itm)
+    if config.itc_weight or config.itm_weight:
+        similarity = model.qformer.similarity(queries, text)                      # (n, n)
+    if config.itc_weight:
+        loss = loss + config.itc_weight * model.qformer.itc_loss(similarity)
+    if config.itm_weight:
+        loss = loss + config.itm_weight * model.qformer.itm_loss(features, text, similarity)
+    return loss
 
 
 def make_optimizers(model: MLLM, config: Config, stage: str) -> list[torch.optim.Optimizer]:
@@ -209,13 +248,14 @@ def make_optimizers(model: MLLM, config: Config, stage: str) -> list[torch.optim
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        lr = peak
-        if part_of(name) == "decoder" and name.split(".")[-2] in ("w1", "w2", "w3"):
+        part = part_of(name)
+        lr = peak * getattr(config, f"{part}_lr")
+        if part == "decoder" and name.split(".")[-2] in ("w1", "w2", "w3"):
             lr *= config.ffn_lr
         if parameter.ndim == 2 and not any(word in name for word in ("embedding", "head")):
             matrices.append(dict(params=[parameter], lr=lr))
         else:
-            lr *= config.vision_adamw_lr if part_of(name) in ("vit", "qformer") else config.adamw_lr
+            lr *= config.vision_adamw_lr if part in ("vit", "qformer") else 1.0
             decay = config.weight_decay if parameter.ndim > 1 else 0.0
             others.append(dict(params=[parameter], lr=lr, weight_decay=decay))
     optimizers = []
@@ -258,7 +298,9 @@ def train_stage(model: MLLM, stage: str, task: Task, collate: Collate, config: C
     """Run one stage, or the rest of it from `state`, and return the loss of each step."""
     device = next(model.parameters()).device
     steps = max(1, stage_samples(config, stage) // config.batch_size)
-    model.train_only(WHO_LEARNS[config.recipe][stage])
+    model.train_only(who_learns(config, stage))
+    if config.half_frozen:
+        model.cast_frozen(torch.bfloat16)
     optimizers, losses = make_optimizers(model, config, stage), state["losses"] if state else []
     torch.manual_seed(config.seed + STAGES.index(stage))
     batches = iter(task.batches(stage, collate, len(losses), steps))  # draws from the generator
@@ -306,8 +348,10 @@ def single_questions(samples) -> list[tuple[Sample, str]]:
     for sample in samples:
         for i, (question, truth) in enumerate(sample.turns):
             turns = sample.turns[:i] + [(question, None)]
-            n_images = sum(text.count("<image>") for text, _ in turns)
-            asked.append((Sample(sample.images[:n_images], turns, sample.kind, sample.name), truth.strip()))
+            n = sum(text.count("<image>") for text, _ in turns)
+            n_images = sum(sample.frames[:n]) if sample.frames else n
+            asked.append((replace(sample, images=sample.images[:n_images], turns=turns, frames=sample.frames[:n]),
+                          truth.strip()))
     return asked
 
 
@@ -317,9 +361,10 @@ def answer(model: MLLM, prompts: list[Sample], collate: Collate, config: Config,
     model.eval()
     for start in range(0, len(prompts), 100):
         some = prompts[start:start + 100]
-        ids = [torch.tensor(encode_turns(collate.tokenizer, prompt.turns, collate.n_rows, collate.max_len)[0])
-               for prompt in some]
-        images = collate.images(some).roll(int(blind), dims=0).to(device)
+        ids = [torch.tensor(encode_turns(collate.tokenizer, prompt.turns, collate.n_rows, collate.max_len,
+                                         prompt.name, prompt.frames)[0]) for prompt in some]
+        images = collate.images(some)
+        images = images.roll(len(images) // 2 * blind, dims=0).to(device)
         with autocast(device, config):
             tokens = torch.stack(list(model.generate(ids, images, 64, END)), dim=1)   # (B, up to 64)
         answers += [collate.tokenizer.decode(row[:row.index(END)] if END in row else row).strip()
@@ -434,37 +479,53 @@ def draw_samples(shown: list, path: Path) -> None:
 # ---- The program ----------------------------------------------------------------------------------
 
 def report(model: MLLM, config: Config, stage: str) -> None:
-    """Print who learns in this stage."""
+    """Print who learns in this stage, and how fast."""
     print(f"\n{stage}: {stage_samples(config, stage)} samples, recipe {config.recipe}, adapters on "
           f"{config.lora_on} rows")
     for part in PARTS:
-        count = sum(parameter.numel() for name, parameter in model.named_parameters() if part_of(name) == part)
-        learns = part in WHO_LEARNS[config.recipe][stage]
-        print(f"  {part:10} {count:>12,} parameters  {'learns' if learns else 'frozen'}")
+        rate = getattr(config, f"{stage}_lr") * getattr(config, f"{part}_lr")
+        word = f"learns, rate {rate:.1e}" if part in who_learns(config, stage) else "frozen"
+        if part in WHO_LEARNS[config.recipe][stage] and not rate:
+            word = "frozen, since its rate is 0"
+        print(f"  {part:10} {count_parameters(model, (part,)):>12,} parameters  {word}")
+
+
+def count_parameters(model: MLLM, parts: tuple[str, ...]) -> int:
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if part_of(name) in parts)
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory held so far, in GB: on a GPU what tensors took there, on a CPU the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6               # Linux counts in kilobytes
 
 
 def model_for(stage: str, config: Config, tokenizer: Tokenizer, out: Path, device: torch.device) -> MLLM:
-    """The model that a stage starts from: a fresh one, or the weight file of the stage before."""
+    """The model that a stage starts from: a fresh one, or the weight file of the stage before.
+
+    Raises ValueError when a setting differs from that of the weights and not in this stage, see `MAY_CHANGE`.
+    """
+    asked = model_config(config, tokenizer)
+    torch.manual_seed(config.seed)
+    if stage in STAGE_0:
+        asked = replace(asked, lora_on="image", connector="qformer")
     if stage == STAGES[0]:
-        torch.manual_seed(config.seed)
-        stage_0 = replace(model_config(config, tokenizer), lora_on="image", connector="qformer")
-        return MLLM(stage_0).to(device)
+        return MLLM(asked).to(device)
     before = out / f"{STAGES[STAGES.index(stage) - 1]}.pt"
     if not before.exists():
         raise FileNotFoundError(f"stage {stage!r} starts from {before}, which is not there: run the stages before it")
     model = MLLM.load(before, device)
-    asked = {name: getattr(config, name) for name in NEW_AT_ALIGN}
-    differs = [name for name in NEW_AT_ALIGN if getattr(model.config, name) != asked[name]]
     if stage == "align":
         model.drop_text_branch()                              # only `see` needs it
-        if differs:
-            print(f"{', '.join(differs)}: other than in {before}, so projector and adapters start anew")
-            torch.manual_seed(config.seed)
-            model = model.renewed(**asked).to(device)
-    elif stage == "instruct" and differs:
-        raise ValueError(f"{before} was trained with {differs[0]} {getattr(model.config, differs[0])!r}, but "
-                         f"{asked[differs[0]]!r} is asked for: run `align` with it first")
-    return model
+    if stage not in STAGE_0:
+        asked = replace(asked, text_branch=False, qformer_layers=model.config.qformer_layers, qformer_drop_last=0)
+    for name, value in asdict(asked).items():
+        was = getattr(model.config, name)
+        if was != value and name not in (*MAY_CHANGE[stage], *ANY_TIME):
+            raise ValueError(f"{before} was trained with {name} {was!r}, but {value!r} is asked for: run an earlier "
+                             "stage with it first")
+    return model.renewed(asked).to(device)
 
 
 def load_state(path: Path, device: torch.device) -> dict:
@@ -515,6 +576,8 @@ def settings(arguments: argparse.Namespace) -> Config:
     if config.data and "image_size" not in given:
         records = Conversations(config.data, config.images, config.skip_bad)
         config = replace(config, image_size=fit_image_size(config, records))
+    if config.half_frozen and not config.bf16:
+        raise ValueError("half_frozen needs bf16: float32 activations cannot meet bfloat16 weights without autocast")
     return replace(config, image_size=tuple(config.image_size),
                    lora_on=LORA_ON.get(config.recipe, "image"))
 
@@ -538,19 +601,23 @@ def main() -> None:
         model = model_for(stage, config, tokenizer, out, device)
         report(model, config, stage)
         losses = train_stage(model, stage, task, collate, config, out, start, state)
-        model.save(out / f"{stage}.pt", losses=losses, seconds=time.time() - start)
+        model.save(out / f"{stage}.pt", losses=losses, seconds=time.time() - start, memory=peak_memory(device),
+                   learning=count_parameters(model, who_learns(config, stage)))
         state = None
     if stages and stages[-1] != STAGES[-1]:
         return
 
     start = time.time()
     model = MLLM.load(out / f"{STAGES[-1]}.pt", device)
+    model = model.renewed(replace(model.config, image_size=config.image_size)).to(device)
     collate = replace(collate, n_rows=model.config.n_rows)    # those of the weights, whatever the flags say
     metrics, shown = evaluate(model, task, collate, config)
     history = {stage: torch.load(out / f"{stage}.pt", map_location="cpu", weights_only=True) for stage in STAGES}
     seconds = {stage: history[stage]["seconds"] for stage in STAGES} | {"evaluate": time.time() - start}
-    metrics |= {"seconds": sum(seconds.values()), "seconds_by_stage": seconds, "device": str(device),
-                "config": asdict(config)}
+    metrics |= {"seconds": sum(seconds.values()), "seconds_by_stage": seconds,
+                "memory_gb": max(stage["memory"] for stage in history.values()),
+                "learning_parameters": {stage: history[stage]["learning"] for stage in STAGES},
+                "device": str(device), "config": asdict(config)}
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2))
     draw_curves({stage: history[stage]["losses"] for stage in STAGES}, out / "curves.png")
     draw_samples(shown, out / "samples.png")

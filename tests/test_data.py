@@ -10,8 +10,8 @@ from PIL import Image
 
 import data
 from data import (COLORS, END, KINDS, NOT_LEARNED, PAD, SHAPES, SPECIALS, BadRecord, Collate, Conversations,
-                  Sample, Scenes, SceneSpec, Thing, Tokenizer, ask_any, caption, corpus, describe, draw,
-                  encode_turns, random_things, read_image, to_pixels)
+                  DESCRIBE, IMAGE, Sample, Scenes, SceneSpec, Thing, Tokenizer, ask_any, caption, clean_caption, corpus,
+                  describe, draw, encode_turns, random_things, read_image, to_pixels)
 
 BYTES = Tokenizer([])                                         # no merges: one id for each byte
 FIRST = len(SPECIALS) + 256                                   # id of the first merge
@@ -345,6 +345,8 @@ GOOD = record("<image> q", "a", image="red.png")
 BAD = {
     "no image file": record("<image> q", "a", image="gone.png"),
     "'image' must be": record("<image> q", "a", image=[7]),
+    "a clip a list": record("<image> q", "a", image=[["red.png", 7]]),
+    "must be a file name": record("<image> q", "a", image=[[]]),
     "unknown speaker 'robot'": {"conversations": [{"from": "robot", "value": "q"}]},
     "expected 'gpt'": {"conversations": [{"from": "human", "value": "q"}, {"from": "human", "value": "a"}]},
     "expected 'human'": {"conversations": [{"from": "gpt", "value": "q"}, {"from": "human", "value": "a"}]},
@@ -419,6 +421,74 @@ def test_reading_leaves_pictures_out_and_seeing_leaves_records_without_one_out(t
     assert "<image>" not in read[0].turns[0][0] and read[0].turns[0][0].strip() == "q"
     assert [see[i].turns for i in range(len(see))] == [[("<image> q", "a")]]
     assert len(both) == 2 and len(both[0].images) == 1        # the original is as it was
+
+
+def test_a_clip_is_one_image_of_several_frames(tmp_path):
+    clip = record("<image> then <image>", "x", image=["blue.png", ["red.png", "blue.png", "red.png"]])
+    sample = Conversations(write(tmp_path, clip))[0]
+    assert list(map(color_of, sample.images)) == ["blue", "red", "blue", "red"] and sample.frames == (1, 3)
+    batch = COLLATE.conversations([sample])                   # two rows for each frame
+    ids, N = batch["input_ids"][0], len(batch["images"])
+    assert N == 4 and (ids == IMAGE).sum() == N * 2
+    runs = re.findall("i+", "".join("i" if token == IMAGE else "." for token in ids.tolist()))
+    assert [len(run) for run in runs] == [2, 6]
+
+
+# ---- Captions -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("caption, cleaned", [
+    ("A dog runs on grass. It is brown.", "A dog runs on grass. It is brown."),
+    ("A dog runs on grass. a dog, runs on grass! It is brown.", "A dog runs on grass. It is brown."),
+    ("A dog ### runs <unk>on\ufffd gr\x00ass~~.  It is\nbrown!!!", "A dog runs on grass. It is brown!"),
+    ("A dog runs on grass. It is bro", "A dog runs on grass."),
+    ('A man says "stop, you two." And then...', 'A man says "stop, you two."'),
+    ("Mr. Fox met Mr. Hare at 3.5 km.", "Mr. Fox met Mr. Hare at 3.5 km."),
+    ("A dog runs.", ""), ("a dog runs on the green grass", ""), ("# @ ~", ""), ("", ""),
+    ("一只狗在草地上。一只狗在草地上。 It is brown and it runs fast.", "一只狗在草地上。 It is brown and it runs fast."),
+])
+def test_captions_are_cleaned_as_by_hand(caption, cleaned):
+    assert clean_caption(caption, min_words=4) == cleaned
+    assert not cleaned or clean_caption(cleaned, min_words=4) == cleaned          # clean already
+
+
+def write_captions(folder, *captions):
+    """MiniGPT-4's layout."""
+    (folder / "image").mkdir()
+    for i in range(len(captions)):
+        Image.new("RGB", (4, 2), "red").save(folder / "image" / f"{i}.jpg")
+    annotations = [{"image_id": str(i), "caption": caption} for i, caption in enumerate(captions)]
+    (folder / "filter_cap.json").write_text(json.dumps({"annotations": annotations}))
+    return folder
+
+
+def test_captions_answer_an_instruction_and_are_cleaned_in_the_second_stage_only(tmp_path):
+    texts = ["A red wall that is wide.", "A red wall. ## It is wide. It", "A wall."]
+    own = Conversations(write_captions(tmp_path, *texts), min_words=5)
+    align, instruct = own.for_task("align"), own.for_task("instruct")
+    assert [align[i].turns for i in range(len(align))] == [[("<image>", text)] for text in texts]
+    assert [instruct[i].turns[0][1] for i in range(len(instruct))] == [texts[0], "A red wall. It is wide."]
+    assert instruct.cleaned == {"kept": 1, "mended": 1, "dropped": 1} and not align.cleaned
+    assert all(instruct[i].turns[0][0].removeprefix("<image> ") in DESCRIBE for i in range(len(instruct)))
+    assert instruct[0].images[0].size == (4, 2)
+    assert own.for_task("see")[2].turns == align[2].turns and own.for_task("read")[0].images == []
+    with pytest.raises(ValueError, match="at least 50 words"):
+        Conversations(tmp_path, min_words=50).for_task("instruct")
+
+
+def test_instructions_vary_from_record_to_record_and_stay_from_time_to_time(tmp_path):
+    own = Conversations(write_captions(tmp_path, *["A red wall that is wide."] * 20))
+    asked = [[sample.turns[0][0] for sample in map(own.for_task("instruct").__getitem__, range(20))] for _ in "ab"]
+    assert asked[0] == asked[1] and len(set(asked[0])) == len(DESCRIBE)
+
+
+@pytest.mark.parametrize("annotation", [{"image_id": "9", "caption": "x"}, {"caption": "x"}, {"image_id": "0"}, "x",
+                                        {"image_id": "0", "caption": " "}, {"image_id": "0", "caption": "<image>"}])
+def test_a_bad_annotation_raises_with_the_file_and_the_record(tmp_path, annotation):
+    path = write_captions(tmp_path, "fine") / "filter_cap.json"
+    path.write_text(json.dumps({"annotations": [{"image_id": "0", "caption": "fine"}, annotation]}))
+    with pytest.raises(BadRecord, match=r"filter_cap\.json record 1\b"):
+        Conversations(tmp_path)
+    assert len(Conversations(tmp_path, skip_bad=True)) == 1
 
 
 # ---- Ids and labels -------------------------------------------------------------------------------

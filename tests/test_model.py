@@ -1,5 +1,6 @@
 """ViT, projector, decoder and the whole: who reads whom, what stays untouched, and cached generation."""
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -155,24 +156,25 @@ def test_drop_path_grows_from_zero_with_depth():
 
 # ---- Patch merging --------------------------------------------------------------------------------
 
-def test_patch_merging_puts_four_neighbours_side_by_side_and_drops_the_class_token():
+@pytest.mark.parametrize("n", [4, 1])
+def test_patch_merging_puts_neighbours_side_by_side_and_drops_the_class_token(n):
     features = torch.randn(2, 9, 5)
-    rows = PatchMerge()(features)
-    for i in range(2):
-        assert torch.equal(rows[:, i], torch.cat([features[:, 1 + 4 * i + j] for j in range(4)], dim=1))
+    rows = PatchMerge(n)(features)
+    assert rows.shape == (2, 8 // n, 5 * n)
+    for i in range(8 // n):
+        assert torch.equal(rows[:, i], torch.cat([features[:, 1 + n * i + j] for j in range(n)], dim=1))
     with pytest.raises(ValueError, match="there are 6"):
-        PatchMerge()(torch.randn(2, 7, 5))
+        PatchMerge(4)(torch.randn(2, 7, 5))
 
 
-def test_a_model_without_a_qformer_takes_as_many_rows_as_there_are_fours_of_patches():
-    model = make_model(connector="patch-merge", image_size=(8, 16))               # 2 x 4 patches
-    assert model.config.n_rows == 2 and not list(model.qformer.parameters())
-    ids = torch.tensor([[5, IMAGE, IMAGE, 7, 8]])
+@pytest.mark.parametrize("connector, n_rows", [("patch-merge", 2), ("patches", 8)])
+def test_a_model_without_a_qformer_takes_a_row_for_every_few_patches(connector, n_rows):
+    model = make_model(connector=connector, image_size=(8, 16))                   # 2 x 4 patches
+    assert model.config.n_rows == n_rows and not list(model.qformer.parameters())
+    ids = torch.tensor([[5, *[IMAGE] * n_rows, 7, 8]])
     images = torch.rand(1, 3, 8, 16, requires_grad=True)
     model(ids, images, ids)[1].backward()
     assert (images.grad != 0).all()                           # every pixel is seen
-    with pytest.raises(ValueError, match="an image has 6"):
-        make_model(connector="patch-merge", image_size=(8, 12)).config.n_rows
     with pytest.raises(ValueError, match="unknown connector 'mlp'"):
         make_model(connector="mlp")
 
@@ -607,16 +609,42 @@ def test_the_last_blocks_of_the_qformer_go_with_its_text_branch():
         make_model(text_branch=True, qformer_layers=3, qformer_drop_last=3)
 
 
-def test_a_renewed_model_keeps_all_but_projector_and_adapters():
+def test_a_renewed_model_keeps_all_that_still_fits():
     model = make_model()
-    renewed = model.renewed(r=5, projector="mlp2x_gelu")
-    assert renewed.config.r == 5 and renewed.decoder.blocks[0].w1.lora_A.shape[0] == 5 and len(renewed.projector) == 3
+    renewed = model.renewed(replace(model.config, r=5, projector="mlp", projector_hidden_dim=7, projector_norm=True,
+                                    projector_activation="relu"))
+    assert renewed.config.r == 5 and renewed.decoder.blocks[0].w1.lora_A.shape[0] == 5
+    first, activation, second, norm = renewed.projector
+    assert first.out_features == 7 and isinstance(activation, nn.ReLU) and isinstance(norm, nn.LayerNorm)
     for name, parameter in renewed.named_parameters():
         if part_of(name) not in ("projector", "plora"):
             assert torch.equal(parameter, model.get_parameter(name)), name
     ids = torch.tensor([[5, *PICTURE, 7]])
     x, is_adapted = renewed.embed(ids, make_images(1))
     assert torch.equal(renewed.decoder(x, is_adapted), renewed.decoder(x))    # fresh adapters change nothing
+    assert model.renewed(model.config) is model
+
+
+def test_a_model_renewed_for_larger_images_answers_as_one_that_interpolates_each_time():
+    model, images = make_model(), torch.rand(2, 3, 12, 16)
+    renewed = model.renewed(replace(model.config, image_size=(12, 16))).eval()
+    assert renewed.vit.grid == (3, 4) and renewed.vit.position_embedding.shape[1] == 1 + 12
+    torch.testing.assert_close(renewed.encode_images(images), model.encode_images(images))
+
+
+def test_casting_touches_frozen_linears_and_convolutions_alone_and_no_result_under_autocast():
+    model, ids = make_model(), torch.tensor([[5, *PICTURE, 7, 8]])
+    model.train_only(("projector", "plora"))
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(ids, make_images(1))[0]
+        model.cast_frozen(torch.bfloat16)
+        assert torch.equal(model(ids, make_images(1))[0], before)
+        model(ids, make_images(1), ids)[1].backward()
+    half = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.bfloat16}
+    linears = {f"{name}.{kind}" for name, module in model.named_modules() for kind in ("weight", "bias")
+               if isinstance(module, (nn.Linear, nn.Conv2d)) and part_of(f"{name}.{kind}") != "projector"}
+    assert half == linears & dict(model.named_parameters()).keys()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters() if parameter.requires_grad)
 
 
 class Trap:

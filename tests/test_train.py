@@ -1,5 +1,6 @@
 """Who learns, in which order, to which loss, and whether a run can be interrupted without a trace."""
 import json
+import re
 
 import pytest
 import torch
@@ -112,6 +113,28 @@ def test_a_recipe_and_a_connector_may_change_after_stage_0(recipe, finished, tmp
                    for name, parameter in after.named_parameters() if part_of(name) == part)
 
 
+def test_each_stage_may_change_what_starts_anew_in_it_and_nothing_else(finished, tmp_path, monkeypatch):
+    for name in ("read.pt", "tokenizer.json"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    run(monkeypatch, tmp_path, "--stage=see", n_queries=3, vit_dim=32)
+    read, see = (MLLM.load(folder / name) for folder, name in ((finished, "read.pt"), (tmp_path, "see.pt")))
+    assert see.qformer.query_tokens.shape[1] == 3 and see.config.vit_dim == 32
+    assert same(see.decoder.state_dict(), read.decoder.state_dict())
+    with pytest.raises(ValueError, match="see.pt was trained with vit_dim 32, but 16 is asked for"):
+        run(monkeypatch, tmp_path, "--stage=align", n_queries=3)
+
+
+def test_images_may_grow_from_one_stage_to_the_next(finished, tmp_path, monkeypatch):
+    for name in ("read.pt", "see.pt", "align.pt", "tokenizer.json"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    monkeypatch.setattr("sys.argv", [*flags(), f"--out={tmp_path}", "--stage=instruct", "--image-size", "64", "64"])
+    train.main()
+    assert MLLM.load(tmp_path / "instruct.pt").vit.grid == (8, 8)
+    monkeypatch.setattr("sys.argv", [*flags(), f"--out={tmp_path}", "--stage=evaluate", "--image-size", "72", "72"])
+    train.main()
+    assert MLLM.load(tmp_path / "instruct.pt").vit.grid == (8, 8)                 # measuring changes no weights
+
+
 def test_frozen_parameters_are_in_no_optimizer(parts):
     config, _, model, _ = parts
     model.train_only(("vit", "projector", "plora"))
@@ -126,9 +149,54 @@ def test_feed_forward_nets_of_the_decoder_learn_slower_than_its_attention(parts)
     groups = [group for optimizer in train.make_optimizers(model, config, "read") for group in optimizer.param_groups]
     lr = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
     block = model.decoder.blocks[0]
-    assert lr[id(model.decoder.lm_head.weight)] == pytest.approx(config.adamw_lr * config.read_lr)
+    assert lr[id(model.decoder.lm_head.weight)] == pytest.approx(config.read_lr)
     for layer in (block.w1, block.w2, block.w3):
         assert lr[id(layer.weight)] == pytest.approx(config.ffn_lr * lr[id(block.attention.wo.weight)])
+
+
+def test_each_part_learns_at_its_share_of_the_rate_and_not_at_all_at_0(parts, capsys, tmp_path):
+    config, task, model, collate = parts
+    config = train.replace(config, vit_lr=0.0, plora_lr=0.5, decoder_lr=0.25, recipe="xcomposer2", instruct_samples=4)
+    assert train.who_learns(config, "instruct") == ("projector", "plora", "decoder")
+    model.drop_text_branch()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    train.report(model, config, "instruct")
+    train.train_stage(model, "instruct", task, collate, config, tmp_path, 0.0)
+    moved = {part_of(name) for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {"projector", "plora", "decoder"}
+    groups = [group for optimizer in train.make_optimizers(model, config, "instruct")
+              for group in optimizer.param_groups]
+    peak = {id(parameter): group["peak"] / config.instruct_lr for group in groups for parameter in group["params"]}
+    wqkv = model.decoder.blocks[0].attention.wqkv
+    assert [peak[id(parameter)] for parameter in (wqkv.weight, wqkv.lora_A, model.projector[0].weight)] == [.25, .5, 1]
+    printed = capsys.readouterr().out
+    assert re.search("vit .*frozen, since its rate is 0", printed) and re.search("qformer .*frozen\n", printed)
+    assert re.search("decoder .*learns, rate 1.5e-03", printed)
+    with pytest.raises(ValueError, match="nothing would learn in 'align'"):
+        train.who_learns(train.replace(config, recipe="frozen", projector_lr=0.0), "align")
+
+
+def test_a_loss_without_weight_leaves_its_head_without_a_gradient(parts):
+    config, task, model, collate = parts
+    batch = next(iter(task.batches("see", collate, 0, 1)))
+    for itc, itm in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0)):
+        model.zero_grad()
+        train.stage_loss(model, "see", batch, train.replace(config, itc_weight=itc, itm_weight=itm)).backward()
+        assert (model.qformer.itm_head.weight.grad is not None) == bool(itm)
+        assert (model.qformer.itc_text.weight.grad is not None) == bool(itc)
+        assert model.qformer.lm_head[0].weight.grad is not None
+
+
+def test_frozen_parts_may_be_kept_in_half_precision(finished, tmp_path, monkeypatch):
+    for name in ("read.pt", "see.pt", "align.pt", "tokenizer.json"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    run(monkeypatch, tmp_path, "--stage=instruct", "--half-frozen", bf16=True)
+    for name, value in weights(tmp_path).items():
+        learned = part_of(name) in train.WHO_LEARNS["blip2_plora"]["instruct"]
+        assert value.dtype == torch.float32 or not learned, name
+    assert weights(tmp_path)["vit.patch_embedding.weight"].dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="half_frozen needs bf16"):
+        run(monkeypatch, tmp_path, "--stage=instruct", "--half-frozen")
 
 
 def test_schedule_warms_up_to_the_peak_then_falls():
