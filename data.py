@@ -532,7 +532,7 @@ class Conversations(Dataset):
         if task == "see":
             other.records = [record for record in self.records if record[0]]
         if task == "instruct" and self.captions:
-            other.records, other.cleaned = [], Counter()
+            other.records, other.cleaned = [], Counter(kept=0, mended=0, dropped=0)
             for images, [(_, caption)], name in self.records:
                 clean = clean_caption(caption, self.min_words)
                 other.cleaned["dropped" if not clean else "kept" if clean == caption else "mended"] += 1

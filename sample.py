@@ -1,7 +1,8 @@
 """Ask a trained model about a picture.
 
     python sample.py                                     draws a fresh scene, saves it and asks about it
-    python sample.py --image FILE --prompt TEXT          asks about your picture
+    python sample.py --image FILE --prompt TEXT          asks about your picture, or several: --image FILE FILE
+    python sample.py --image FILE FILE FILE --clip       the frames of one clip
     python sample.py --image FILE --chat                 a conversation about it; Ctrl-D ends it
 
 Reads the weights and the tokenizer that train.py left in `out/`; the checkpoint holds all settings.
@@ -15,7 +16,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from data import END, DESCRIBE, SceneSpec, Tokenizer, draw, encode_turns, random_things, read_image, to_pixels
+from data import (END, DESCRIBE, Sample, SceneSpec, Tokenizer, draw, encode_turns, random_things, read_image,
+                  to_pixels)
 from model import MLLM
 
 
@@ -27,15 +29,14 @@ def load(folder: Path, device: str) -> tuple[MLLM, Tokenizer]:
     return MLLM.load(folder / "instruct.pt", device).eval(), Tokenizer.load(folder / "tokenizer.json")
 
 
-def stream(model: MLLM, tokenizer: Tokenizer, image: Image.Image, turns: list[tuple[str, str | None]],
-           max_new_tokens: int, **sampling) -> Iterator[str]:
-    """The answer to the last of turns, piece by piece as text.
+def stream(model: MLLM, tokenizer: Tokenizer, asked: Sample, max_new_tokens: int, **sampling) -> Iterator[str]:
+    """The answer to the last turn of what is asked, piece by piece as text.
 
     Raises ValueError when the conversation and its answer would not fit in the model.
     """
     config, device = model.config, model.ln_vision.weight.device
-    ids, _ = encode_turns(tokenizer, turns, config.n_rows, max_len=10**9)
-    pixels = to_pixels(image, config.image_size)[None].to(device)
+    ids, _ = encode_turns(tokenizer, asked.turns, config.n_rows, max_len=10**9, frames=asked.frames)
+    pixels = torch.stack([to_pixels(image, config.image_size) for image in asked.images]).to(device)
     answer, shown = [], ""
     for token in model.generate([torch.tensor(ids, device=device)], pixels, max_new_tokens, END, **sampling):
         if token.item() == END:
@@ -58,7 +59,9 @@ def fresh_scene(size: tuple[int, int], seed: int | None, path: Path) -> Image.Im
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Ask a trained model about a picture.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--image", type=Path, help="the picture; without it a fresh scene is drawn")
+    parser.add_argument("--image", type=Path, nargs="+", default=[], metavar="FILE",
+                        help="a picture or several; without one a fresh scene is drawn")
+    parser.add_argument("--clip", action="store_true", help="the pictures are the frames of one clip")
     parser.add_argument("--prompt", default=DESCRIBE[0], help="the question")
     parser.add_argument("--chat", action="store_true", help="ask several questions, one a line, until Ctrl-D")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
@@ -74,18 +77,17 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     model, tokenizer = load(args.out, args.device)
-    if args.image:
-        image = read_image(args.image)
-    else:
-        image = fresh_scene(model.config.image_size, args.seed, args.out / "scene.png")
+    asked = Sample([read_image(path) for path in args.image], [])
+    if not asked.images:
+        asked.images.append(fresh_scene(model.config.image_size, args.seed, args.out / "scene.png"))
         print(f"drew {args.out / 'scene.png'}")
+    asked.frames = (len(asked.images),) if args.clip else (1,) * len(asked.images)
     sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     if args.temperature:
         generator = torch.Generator(args.device)
         sampling["generator"] = generator
         generator.manual_seed(args.seed) if args.seed is not None else generator.seed()
 
-    turns: list[tuple[str, str | None]] = []
     while True:
         try:
             question = input("you: ") if args.chat else args.prompt
@@ -94,14 +96,14 @@ def main() -> None:
         if not args.chat:
             print(f"you: {question}")
         question = question.replace("<image>", " ")
-        turns.append((question if turns else f"<image> {question}", None))
+        asked.turns.append((question if asked.turns else "<image> " * len(asked.frames) + question, None))
         print("model: ", end="", flush=True)
         pieces = []
-        for piece in stream(model, tokenizer, image, turns, args.max_new_tokens, **sampling):
+        for piece in stream(model, tokenizer, asked, args.max_new_tokens, **sampling):
             print(piece, end="", flush=True)
             pieces.append(piece)
         print()
-        turns[-1] = turns[-1][0], "".join(pieces)
+        asked.turns[-1] = asked.turns[-1][0], "".join(pieces)
         if not args.chat:
             return
 

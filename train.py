@@ -63,12 +63,12 @@ LORA_ON = {"lora": "all"}                # recipes whose adapters change other r
 # Settings of the model that a stage may change; all others stay those of the weights it starts from.
 MAY_CHANGE = {
     "see": ("patch_size", "vit_dim", "vit_layers", "vit_heads", "qformer_dim", "qformer_layers", "qformer_heads",
-            "n_queries", "qformer_drop_last", "max_len"),
+            "n_queries", "qformer_drop_last"),
     "align": ("connector", "projector", "projector_hidden_dim", "projector_activation", "projector_norm", "r", "alpha",
               "lora_on"),
     "instruct": (),
 }
-ANY_TIME = ("image_size", "drop_path_rate", "use_grad_checkpoint", "qformer_dropout", "lora_dropout")
+ANY_TIME = ("image_size", "drop_path_rate", "use_grad_checkpoint", "qformer_dropout", "lora_dropout", "max_len")
 
 
 @dataclass(frozen=True)
@@ -519,7 +519,8 @@ def model_for(stage: str, config: Config, tokenizer: Tokenizer, out: Path, devic
     if stage == "align":
         model.drop_text_branch()                              # only `see` needs it
     if stage not in STAGE_0:
-        asked = replace(asked, text_branch=False, qformer_layers=model.config.qformer_layers, qformer_drop_last=0)
+        asked = replace(asked, text_branch=False, qformer_layers=asked.qformer_layers - asked.qformer_drop_last,
+                        qformer_drop_last=0)
     for name, value in asdict(asked).items():
         was = getattr(model.config, name)
         if was != value and name not in (*MAY_CHANGE[stage], *ANY_TIME):

@@ -6,10 +6,11 @@
     python tests/ablate.py size          pictures larger than those trained on
     python tests/ablate.py rank          rank of the adapters
     python tests/ablate.py precision     frozen weights in bfloat16
+    python tests/ablate.py checkpoint    activations of the ViT kept, or computed again
 
 Each run is one of train.py with the flags that `TABLES` lists, at half of the preset's `align` and `instruct`. Runs
-of a table share stage 0 unless it is what they change. Writes NAME.json, NAME.png and a folder for each run to
-out/ablate/, where what is done is not done again. Flags it does not know go to every train.py.
+share stage 0 unless it is what they change. Writes NAME.json, NAME.png and a folder for each run to out/ablate/,
+where what is done is not done again. Flags it does not know go to every train.py.
 """
 import argparse
 import json
@@ -30,9 +31,10 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from data import Collate, Scenes, Tokenizer  # noqa: E402
-from model import MLLM, part_of  # noqa: E402
+from model import MLLM, ViT, part_of  # noqa: E402
 
-# For each table: what to show, and each run as (label, flags). Flags before "|" are for stage 0, too.
+# For each table: what to show, and each run as (label, flags). Flags before "|" are for stage 0, too. 50% means half
+# of the preset's samples.
 ANSWERS = ("right", "never-seen pairs", "blind", "descriptions")
 COSTS = ("learning", "seconds", "GB")
 TABLES = {
@@ -45,12 +47,13 @@ TABLES = {
         ("each patch a row", "--connector patches")]),
     "losses": (("see samples", "see seconds", "ITG nats", "recall@1", "ITM right") + ANSWERS, [
         ("ITG", "--itc-weight 0 --itm-weight 0 |"), ("ITG + ITC", "--itm-weight 0 |"), ("ITG + ITC + ITM", ""),
-        ("ITG, as long", "--itc-weight 0 --itm-weight 0 --see-samples 56000 |"),
-        ("ITG + ITC, as long", "--itm-weight 0 --see-samples 46000 |")]),
+        ("ITG, as long", "--itc-weight 0 --itm-weight 0 --see-samples 140% |"),
+        ("ITG + ITC, as long", "--itm-weight 0 --see-samples 115% |")]),
     "rank": (ANSWERS + COSTS, [
         ("r = 1", "--recipe plora --r 1 --alpha 4"), ("r = 4", "--recipe plora --r 4 --alpha 16"),
         ("r = 32", "--recipe plora"), ("r = 128", "--recipe plora --r 128 --alpha 512")]),
-    "size": (("patches",) + ANSWERS, []),                    # its runs are those of `larger_pictures`
+    "size": (("patches",) + ANSWERS, []),                     # its runs are those of `larger_pictures`
+    "checkpoint": ((), []),                                   # see `checkpointing`
     "precision": (ANSWERS + ("weights MB", "seconds", "GB"), [
         ("frozen in float32", "--recipe plora"), ("frozen in bfloat16", "--recipe plora --half-frozen")]),
 }
@@ -65,21 +68,29 @@ class Runner:
         self.out, self.jobs, self.flags = out, jobs, flags
         self.config = train.settings(train.parse_arguments(flags))
 
-    def stage(self, folder: Path, stage: str, flags: list[str], jobs: int) -> None:
+    def share(self, found: re.Match) -> str:
+        """"--see-samples 50%" as a number of samples."""
+        samples = train.stage_samples(self.config, found[1]) * int(found[2]) // 100
+        return f"--{found[1]}-samples {samples}"
+
+    def stage(self, folder: Path, stage: str, flags: str, jobs: int) -> None:
         """One stage in a folder, unless what it ends with is there: its weights, or the metrics."""
         if (folder / ("metrics.json" if stage in ("evaluate", "instruct") else f"{stage}.pt")).exists():
             return
+        flags = re.sub(r"--(\w+)-samples (\d+)%", self.share, flags).split()
         command = [sys.executable, ROOT / "train.py", "--out", folder, "--stage", stage, *self.flags, *flags]
         environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
         with open(folder / "log.txt", "a") as log:
+            print(*command, file=log, flush=True)
             if subprocess.run(command, stdout=log, stderr=log, env=environment).returncode:
                 raise RuntimeError(f"{' '.join(map(str, command))} failed: see {folder}/log.txt")
 
     def folder(self, name: str, start: Path, **links: str) -> Path:
-        """A folder with links {name without .pt or .json: file of `start`} to what its run starts from."""
-        folder = self.out / re.sub(r"\W+", "_", name)
+        """A folder whose run starts from `start`: from its tokenizer, its read.pt and {stage: weights of a stage}."""
+        folder = self.out / re.sub(r"\W+", "_", name).strip("_")
         folder.mkdir(parents=True, exist_ok=True)
-        for name, file in ({"tokenizer.json": "tokenizer.json", "read.pt": "read.pt"} | links).items():
+        files = {f"{stage}.pt": f"{weights}.pt" for stage, weights in links.items()}
+        for name, file in ({"tokenizer.json": "tokenizer.json", "read.pt": "read.pt"} | files).items():
             if not (folder / name).exists():
                 (folder / name).symlink_to((start / file).resolve())
         return folder
@@ -88,22 +99,21 @@ class Runner:
         """The folder of the first stage, which is the same for all."""
         folder = self.out / "read"
         folder.mkdir(parents=True, exist_ok=True)
-        self.stage(folder, "read", [], jobs=1)
+        self.stage(folder, "read", "", jobs=1)
         return folder
 
     def see(self, flags: str) -> Path:
         """The folder of stage 0 with these flags."""
         folder = self.folder(f"see {flags}", self.read())
-        self.stage(folder, "see", flags.split(), self.jobs)
+        self.stage(folder, "see", flags, self.jobs)
         return folder
 
     def stages_1_and_2(self, flags: str) -> Path:
         """The two stages of the papers at half the preset's length, from the stage 0 that belongs to the flags."""
         first, _, more = flags.rpartition("|")
-        folder = self.folder(f"run {flags}", self.see(first.strip()), **{"see.pt": "see.pt"})
-        half = [f"--{stage}-samples={train.stage_samples(self.config, stage) // 2}" for stage in ("align", "instruct")]
+        folder = self.folder(f"run {flags}", self.see(first.strip()), see="see")
         for stage in ("align", "instruct"):
-            self.stage(folder, stage, half + first.split() + more.split(), self.jobs)
+            self.stage(folder, stage, f"--align-samples 50% --instruct-samples 50% {first} {more}", self.jobs)
         return folder
 
     def all(self, flags: list[str]) -> list[Path]:
@@ -184,7 +194,7 @@ def measure(folder: Path, columns: tuple[str, ...]) -> dict:
     model = MLLM.load(folder / "instruct.pt").eval()
     line = {"right": metrics["qa_accuracy"], "never-seen pairs": metrics["qa_accuracy_unseen"],
             "blind": metrics["qa_accuracy_blind"], "descriptions": metrics["description_exact"],
-            "learning": metrics["learning_parameters"]["instruct"], "GB": metrics["memory_gb"],
+            "learning": metrics["learning_parameters"]["instruct"], "GB": saved["memory"],
             "seconds": seconds["align"] + seconds["instruct"], "see seconds": seconds["see"],
             "see samples": config.see_samples, "rows": model.config.n_rows,
             "patches": config.n_patches,
@@ -200,24 +210,51 @@ def measure(folder: Path, columns: tuple[str, ...]) -> dict:
     return {name: line[name] for name in columns}
 
 
+def checkpointing(n: int = 16, repeats: int = 3) -> list[dict]:
+    """A step of a ViT-S/14 on n images of 224 x 224, on the CPU in float32: what is kept for the way back, how long
+    it takes, and the largest difference of a gradient to that of the first line."""
+    lines, gradients, images = [], [], torch.rand(n, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    for label, again in (("kept", False), ("computed again", True)):
+        torch.manual_seed(0)
+        vit, kept, times = ViT(224, 14, 384, 12, 6, use_grad_checkpoint=again), {}, []
+        own = {parameter.untyped_storage().data_ptr() for parameter in vit.parameters()}
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        for _ in range(repeats):
+            vit.zero_grad()
+            kept.clear()
+            start = time.perf_counter()
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                loss = vit(images).square().mean()
+            held = sum(size for pointer, size in kept.items() if pointer not in own)
+            loss.backward()
+            times.append(time.perf_counter() - start)
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in vit.parameters()]))
+        lines.append({"activations": label, "kept MB": held / 1e6, "seconds": sorted(times)[repeats // 2],
+                      "largest difference": (gradients[-1] - gradients[0]).abs().max().item()})
+    return lines
+
+
 # ---- Larger pictures ------------------------------------------------------------------------------
 
 def larger_pictures(runner: Runner) -> list[tuple[str, Path]]:
     """Trained at the preset's size, shown pictures of 1.5 and 2 times the side: with the position embedding
     interpolated, with zeros where the learned grid ends, and after a short tuning. (label, folder) of each."""
     trained = runner.all([""])[0]
-    model, links = MLLM.load(trained / "instruct.pt"), {"see.pt": "see.pt"}
+    model = MLLM.load(trained / "instruct.pt")
     side, runs = model.config.image_size[0], []
-    short = f"--instruct-samples={train.stage_samples(runner.config, 'instruct') // 10}"
     for larger in (3 * side // 2, 2 * side):
-        size = ["--image-size", str(larger), str(larger)]
-        plain = runner.folder(f"{larger} interpolated", trained, **links, **{"align.pt": "align.pt", "instruct.pt": "instruct.pt"})
-        padded = runner.folder(f"{larger} padded", trained, **links, **{"align.pt": "align.pt"})
-        tuned = runner.folder(f"{larger} tuned", trained, **links, **{"align.pt": "instruct.pt"})
+        size = f"--image-size {larger} {larger}"
+        plain = runner.folder(f"{larger} interpolated", trained, see="see", align="align", instruct="instruct")
+        padded = runner.folder(f"{larger} padded", trained, see="see", align="align")
+        tuned = runner.folder(f"{larger} tuned", trained, see="see", align="instruct")
         save_padded(model, larger, trained, padded)
         runs += [(f"{larger}, not interpolated", padded, "evaluate", size),
                  (f"{larger}, interpolated", plain, "evaluate", size),
-                 (f"{larger}, interpolated and tuned", tuned, "instruct", [short, *size])]
+                 (f"{larger}, interpolated and tuned", tuned, "instruct", f"{size} --instruct-samples 10%")]
     with ThreadPoolExecutor(runner.jobs) as pool:
         list(pool.map(lambda run: runner.stage(*run[1:], runner.jobs), runs))
     return [(f"{side}, as trained", trained)] + [(label, folder) for label, folder, _, _ in runs]
@@ -279,12 +316,13 @@ def main() -> None:
     if arguments.table == "size":
         runs = larger_pictures(runner)
     else:
-        runs = list(zip((label for label, _ in runs), runner.all([flags for _, flags in runs])))
-    lines = [{"": label} | measure(folder, columns) for label, folder in runs]
+        runs = list(zip((label for label, _ in runs), runner.all([flags for _, flags in runs]) if runs else ()))
+    lines = [{"": label} | measure(folder, columns) for label, folder in runs] or checkpointing()
     (arguments.out / f"{arguments.table}.json").write_text(json.dumps(lines, indent=2))
-    draw_chart(lines, arguments.out / f"{arguments.table}.png")
+    if columns:
+        draw_chart(lines, arguments.out / f"{arguments.table}.png")
     print_table(lines)
-    print(f"\n{time.time() - start:.0f} s, {arguments.out / arguments.table}.json and .png")
+    print(f"\n{time.time() - start:.0f} s, wrote to {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import sample
-from data import END, SceneSpec, Scenes, Tokenizer, corpus
+from data import END, Sample, SceneSpec, Scenes, Tokenizer, corpus
 from model import MLLM, ModelConfig
 
 
@@ -51,7 +51,8 @@ def test_pieces_of_the_stream_join_to_the_whole_answer(folder, monkeypatch):
         yield from (torch.tensor([token]) for token in ids + [END])
 
     monkeypatch.setattr(model, "generate", generate)
-    pieces = list(sample.stream(model, tokenizer, Image.new("RGB", (9, 9)), [("<image> q", None)], 50))
+    asked = Sample([Image.new("RGB", (9, 9))], [("<image> q", None)])
+    pieces = list(sample.stream(model, tokenizer, asked, 50))
     assert "".join(pieces) == "a circle é 😀" and len(pieces) > 2 and "\ufffd" not in "".join(pieces)
 
 
@@ -59,14 +60,31 @@ def test_a_chat_remembers_earlier_turns_and_shows_the_picture_once(folder, monke
     Image.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
     asked = []
 
-    def stream(model, tokenizer, image, turns, *rest, **sampling):
-        asked.append(list(turns))
+    def stream(model, tokenizer, conversation, *rest, **sampling):
+        asked.append(list(conversation.turns))
         yield "fine"
 
     monkeypatch.setattr(sample, "stream", stream)
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo <image>\n"))
     run(monkeypatch, folder, "--chat", f"--image={tmp_path / 'red.png'}")
     assert asked == [[("<image> one", None)], [("<image> one", "fine"), ("two  ", None)]]
+
+
+def test_several_pictures_stand_side_by_side_or_as_frames_of_one_clip(folder, monkeypatch, tmp_path, capsys):
+    for color in ("red", "blue"):
+        Image.new("RGB", (48, 48), color).save(tmp_path / f"{color}.png")
+    files, given, generate = [str(tmp_path / "red.png"), str(tmp_path / "blue.png")], [], MLLM.generate
+
+    def spy(model, prompts, images, *rest, **sampling):
+        given.append((prompts[0].tolist(), images))
+        return generate(model, prompts, images, *rest, **sampling)
+
+    monkeypatch.setattr(MLLM, "generate", spy)
+    for more in ([], ["--clip"]):
+        run(monkeypatch, folder, "--image", *files, "--prompt=q", "--max-new-tokens=3", *more)
+    (apart, images), (clip, frames) = given                   # 2 rows each: <Img> 7, placeholder 1, </Img> 8
+    assert apart[3:11] == [7, 1, 1, 8, 7, 1, 1, 8] and clip[3:9] == [7, 1, 1, 1, 1, 8]
+    assert torch.equal(images, frames) and images[:, 0, 0, 0].tolist() == [1, -1]
 
 
 def test_what_the_user_can_get_wrong_is_named(folder, monkeypatch, tmp_path):

@@ -122,6 +122,8 @@ def test_each_stage_may_change_what_starts_anew_in_it_and_nothing_else(finished,
     assert same(see.decoder.state_dict(), read.decoder.state_dict())
     with pytest.raises(ValueError, match="see.pt was trained with vit_dim 32, but 16 is asked for"):
         run(monkeypatch, tmp_path, "--stage=align", n_queries=3)
+    with pytest.raises(ValueError, match="see.pt was trained with qformer_layers 1, but 2 is asked for"):
+        run(monkeypatch, tmp_path, "--stage=align", n_queries=3, vit_dim=32, qformer_layers=3)
 
 
 def test_images_may_grow_from_one_stage_to_the_next(finished, tmp_path, monkeypatch):
@@ -298,6 +300,20 @@ def test_without_a_second_file_the_pictures_to_measure_on_are_not_trained_on(tmp
     assert len(measured) == 2 and len(trained) == 38 and not measured & trained
 
 
+def test_captions_are_measured_with_an_instruction_and_what_cleaning_did_is_printed(tmp_path, capsys):
+    (tmp_path / "image").mkdir()
+    texts = ["It is a red wall. It is", "A red wall, all of it.", "Red."] * 20
+    for i in range(len(texts)):
+        Image.new("RGB", (48, 48), "red").save(tmp_path / "image" / f"{i}.jpg")
+    annotations = [{"image_id": i, "caption": text} for i, text in enumerate(texts)]
+    (tmp_path / "filter_cap.json").write_text(json.dumps({"annotations": annotations}))
+    task = train.Task(train.Config(**TINY, data=str(tmp_path)))
+    assert {sample.turns[0][1] for sample in map(task.test["qa"].__getitem__, range(2))} <= {
+        "It is a red wall.", "A red wall, all of it."}
+    assert len(task.train("instruct")) == 38 and len(task.train("align")) == 57
+    assert re.search("captions: 19 kept, 19 mended, 19 dropped", capsys.readouterr().out)
+
+
 def test_each_turn_is_asked_with_the_true_turns_before_it():
     a, b = Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8))
     sample = Sample([a, b], [("<image> q1", " a1 "), ("q2", "a2"), ("<image> q3", "a3")], "kind")
@@ -306,6 +322,9 @@ def test_each_turn_is_asked_with_the_true_turns_before_it():
     assert first.turns == [("<image> q1", None)] and first.images == [a]
     assert second.turns == [("<image> q1", " a1 "), ("q2", None)] and second.images == [a]
     assert third.images == [a, b]
+    clip = Sample([a, b, a], [("<image> q1", "a1"), ("<image> q2", "a2")], frames=(2, 1))
+    (first, _), (second, _) = train.single_questions([clip])
+    assert first.images == [a, b] and first.frames == (2,) and second.images == [a, b, a]
 
 
 def test_blind_shows_each_question_the_picture_of_another(parts, monkeypatch):
