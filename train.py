@@ -76,8 +76,8 @@ class Config(ModelConfig):
     """A whole run: the model's sizes, how much of what it sees, how it learns, how it is measured."""
     vocab_size: int = 1024               # at most; the tokenizer stops earlier when no pair repeats
     image_size: tuple[int, int] = (48, 48)
-    data: str = ""                       # LLaVA JSON to learn from; empty: the built-in scenes
-    val: str = ""                        # LLaVA JSON to be measured on; empty: every 20th record of data
+    data: str = ""                       # LLaVA JSON or folder of captions to learn from; empty: built-in scenes
+    val: str = ""                        # the same to be measured on; empty: every 20th record of data
     images: str = ""                     # folder of their pictures; empty: images/ beside the JSON
     skip_bad: bool = False               # leave unusable records out instead of stopping
     min_words: int = 5                   # fewest in a caption that `instruct` imitates

@@ -38,9 +38,10 @@ from model import MLLM, ViT, part_of  # noqa: E402
 ANSWERS = ("right", "never-seen pairs", "blind", "descriptions")
 COSTS = ("learning", "seconds", "GB")
 TABLES = {
-    "recipes": (ANSWERS + COSTS + ("text ppl", "after align", "after instruct", "logits changed"), [
+    "recipes": (ANSWERS + COSTS + ("reading", "text ppl", "after align", "after instruct", "logits changed"), [
         ("minigpt4, frozen", "--recipe minigpt4"), ("lora", "--recipe lora"), ("plora", "--recipe plora"),
-        ("xcomposer2", "--recipe xcomposer2"), ("blip2_plora", "")]),
+        ("xcomposer2", "--recipe xcomposer2"),
+        ("xcomposer2, slower", "--recipe xcomposer2 --vit-lr 0.1 --decoder-lr 0.1"), ("blip2_plora", "")]),
     "connectors": (("rows", "connector parameters", "ms an image") + ANSWERS + COSTS, [
         ("Q-Former, 4 queries", "--n-queries 4 |"), ("Q-Former, 16 queries", ""),
         ("Q-Former, 32 queries", "--n-queries 32 |"), ("4 patches a row", "--connector patch-merge"),
@@ -194,10 +195,10 @@ def measure(folder: Path, columns: tuple[str, ...]) -> dict:
     model = MLLM.load(folder / "instruct.pt").eval()
     line = {"right": metrics["qa_accuracy"], "never-seen pairs": metrics["qa_accuracy_unseen"],
             "blind": metrics["qa_accuracy_blind"], "descriptions": metrics["description_exact"],
+            "reading": metrics["reading_accuracy"],
             "learning": metrics["learning_parameters"]["instruct"], "GB": saved["memory"],
             "seconds": seconds["align"] + seconds["instruct"], "see seconds": seconds["see"],
-            "see samples": config.see_samples, "rows": model.config.n_rows,
-            "patches": config.n_patches,
+            "see samples": config.see_samples, "rows": model.config.n_rows, "patches": config.n_patches,
             "connector parameters": sum(parameter.numel() for name, parameter in model.named_parameters()
                                         if part_of(name) in ("qformer", "projector")),
             "weights MB": sum(value.numel() * value.element_size() for value in saved["model"].values()) / 1e6}

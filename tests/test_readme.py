@@ -3,6 +3,9 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
+
+import ablate
 import sample
 import train
 
@@ -31,6 +34,25 @@ def test_the_commands_parse(monkeypatch):
     for command in commands:
         monkeypatch.setattr("sys.argv", shlex.split(command))
         (train if command.startswith("train") else sample).parse_arguments()
+
+
+@pytest.mark.parametrize("name", ablate.TABLES)
+def test_each_table_of_evidence_stands_under_its_command(name):
+    section = README.split(f"python tests/ablate.py {name}")[1].split("```")[1]
+    columns, runs = ablate.TABLES[name]
+    header, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]]
+                         for line in re.findall(r"^\|.*\|$", section, re.MULTILINE)]
+    assert tuple(header[1:]) == columns or not columns
+    assert [line[0] for line in lines] == [label for label, _ in runs] or not runs
+
+
+def test_every_flag_named_in_text_is_one_of_the_program(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", "--help"])
+    with pytest.raises(SystemExit):
+        train.parse_arguments()
+    known = capsys.readouterr().out
+    for flag in re.findall(r"`[^`\n]*?(--[a-z-]+)", README):
+        assert flag in known or flag == "--clip", flag
 
 
 def test_the_code_to_copy_runs(monkeypatch):
