@@ -5,7 +5,8 @@
     Conversations┘                             (the prompt template)             (padding)
 
 `Scenes` are small pictures drawn as they are needed, with questions whose answers are known exactly, so that
-the whole model can be trained and measured with nothing downloaded. `Conversations` reads LLaVA JSON.
+the whole model can be trained and measured with nothing downloaded. `Conversations` reads LLaVA JSON and folders
+of captions.
 
     python data.py        draws scenes.png and prints one sample, token by token
 
@@ -20,6 +21,7 @@ import os
 import random
 import re
 import textwrap
+import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -431,9 +433,11 @@ def existing(path: Path, name: str) -> Path:
     return path
 
 
-# Markup and all signs but letters, digits and usual punctuation; where one sentence ends and another starts.
-MEANINGLESS = re.compile(r"<[^<>]*>|[^\w\s.,;:!?'\"()%$€&/°’‘“”…。！？，、-]|_")
+MARKUP = re.compile(r"</?\w+[^<>]*>")
+SIGNS = set(".,;:!?'\"()%$€&/+°-–—‘’“”…。！？，、")                # that mean something beside letters and digits
 SENTENCE = re.compile(r".+?(?:[.!?][\"')’”]*(?=\s|$)|[。！？]|$)", re.DOTALL)
+FINISHED = re.compile(r"[.!?。！？][\"')’”]*$")
+WORD = re.compile(r"[㐀-鿿]|[^\W㐀-鿿]+")                        # a Chinese character is a word
 
 
 def clean_caption(caption: str, min_words: int) -> str:
@@ -443,18 +447,19 @@ def clean_caption(caption: str, min_words: int) -> str:
     "A dog runs. ### A dog runs. It is brown!!! The gras" becomes "A dog runs. It is brown!".
     Source: arXiv 2304.10592, section 3.2. Differs: rules alone, nothing is asked of ChatGPT.
     """
-    text = re.sub(r"\.{2,}", "…", MEANINGLESS.sub("", caption))
-    text = re.sub(r"([^\w\s])\1+", r"\1", text)               # "!!!" says no more than "!"
+    text = "".join(sign for sign in MARKUP.sub(" ", caption)
+                   if sign.isspace() or sign in SIGNS or unicodedata.category(sign)[0] in "LMN")
+    text = re.sub(r"([^\w\s])\1+", r"\1", re.sub(r"\.{2,}", "…", text))          # "!!!" says no more than "!"
     kept, said = [], set()
     for sentence in SENTENCE.findall(text):
-        words = tuple(re.findall(r"\w+", sentence.lower()))
-        if words and (words not in said or len("".join(words)) < 5):  # "Mr." and the like may come again
+        words = tuple(WORD.findall(sentence.lower()))
+        if words and (words not in said or len(words) == 1):  # "Mr." and the like may come again
             kept.append(" ".join(sentence.split()))
         said.add(words)
-    if kept and not re.search(r"[.!?。！？]['\")’”]*$", kept[-1]):
+    if kept and not FINISHED.search(kept[-1]):
         kept.pop()
     text = " ".join(kept)
-    return text if len(re.findall(r"\w+", text)) >= min_words else ""
+    return text if len(WORD.findall(text)) >= min_words else ""
 
 
 def read_image(path: str | Path, name: str = "") -> Image.Image:
@@ -499,7 +504,7 @@ class Conversations(Dataset):
             raise ValueError(f"{path}: expected a list of at least one record")
         beside = path.parent / ("image" if self.captions else "images")
         folder = Path(folder or (beside if beside.is_dir() else path.parent))
-        self.task, self.min_words, self.cleaned = "instruct", min_words, Counter()
+        self.task, self.min_words, self.cleaned = "", min_words, Counter()
         self.records, self.skipped = [], []
         for i, record in enumerate(records):
             ids = [record[key] for key in ("id", "image_id") if key in record] if isinstance(record, dict) else []
@@ -540,8 +545,8 @@ class Conversations(Dataset):
                     instruction = random.Random(name).choice(DESCRIBE)
                     other.records.append((images, [(f"<image> {instruction}", clean)], name))
             if not other.records:
-                raise ValueError(f"no caption of {self.records[0][2]} and after is left after cleaning: they need at "
-                                 f"least {self.min_words} words in whole sentences")
+                raise ValueError(f"none of {len(self.records)} captions, the first of them {self.records[0][2]}, is left "
+                                 f"after cleaning: they need at least {self.min_words} words in whole sentences")
         return other
 
     def __len__(self) -> int:

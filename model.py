@@ -485,6 +485,8 @@ class MLLM(nn.Module):
             raise ValueError(f"qformer_drop_last {c.qformer_drop_last} would leave none of {c.qformer_layers} blocks")
         if c.connector not in CONNECTORS:
             raise ValueError(f"unknown connector {c.connector!r}: use one of {', '.join(CONNECTORS)}")
+        if c.n_patches % MERGED.get(c.connector, 1):
+            raise ValueError(f"{c.connector} puts {MERGED[c.connector]} patches in a row, but an image has {c.n_patches}")
         if c.lora_on not in ADAPTED:
             raise ValueError(f"unknown lora_on {c.lora_on!r}: use one of {', '.join(ADAPTED)}")
         self.vit = ViT(c.image_size, c.patch_size, c.vit_dim, c.vit_layers, c.vit_heads,
@@ -555,7 +557,8 @@ class MLLM(nn.Module):
     @torch.no_grad()
     def cast_frozen(self, dtype: torch.dtype) -> None:
         """Keep the weights and biases of frozen linear and convolution layers in another dtype, for half the
-        memory; what learns and all norms and embeddings stay float32. Run the model under autocast then.
+        memory; what learns and all norms and embeddings stay float32. Run the model under autocast then. What
+        rounding takes is gone: a checkpoint saved then holds the rounded weights.
         Source: `convert_weights_to_fp16` in the code of BLIP-2 and MiniGPT-4.
         """
         for module in self.modules():

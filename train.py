@@ -14,7 +14,7 @@ questioned about pictures it never saw: `metrics.json`, `curves.png` and `sample
     python train.py --recipe minigpt4         another published choice of who learns when
     python train.py --stage instruct          one stage, from out/align.pt
     python train.py --resume                  go on where an interrupted run stopped
-    python train.py --data my.json            your own pictures and conversations (LLaVA JSON)
+    python train.py --data my.json            your own pictures and conversations, or a folder of captions
 
 Left out on purpose: several GPUs, exponential averages of weights, early stopping.
 """
@@ -23,7 +23,6 @@ import json
 import math
 import os
 import re
-import resource
 import time
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, fields, replace
@@ -64,8 +63,8 @@ LORA_ON = {"lora": "all"}                # recipes whose adapters change other r
 MAY_CHANGE = {
     "see": ("patch_size", "vit_dim", "vit_layers", "vit_heads", "qformer_dim", "qformer_layers", "qformer_heads",
             "n_queries", "qformer_drop_last"),
-    "align": ("connector", "projector", "projector_hidden_dim", "projector_activation", "projector_norm", "r", "alpha",
-              "lora_on"),
+    "align": ("qformer_drop_last", "connector", "projector", "projector_hidden_dim", "projector_activation",
+              "projector_norm", "r", "alpha", "lora_on"),
     "instruct": (),
 }
 ANY_TIME = ("image_size", "drop_path_rate", "use_grad_checkpoint", "qformer_dropout", "lora_dropout", "max_len")
@@ -78,7 +77,7 @@ class Config(ModelConfig):
     image_size: tuple[int, int] = (48, 48)
     data: str = ""                       # LLaVA JSON or folder of captions to learn from; empty: built-in scenes
     val: str = ""                        # the same to be measured on; empty: every 20th record of data
-    images: str = ""                     # folder of their pictures; empty: images/ beside the JSON
+    images: str = ""                     # folder of their pictures; empty: images/ or image/ beside the JSON
     skip_bad: bool = False               # leave unusable records out instead of stopping
     min_words: int = 5                   # fewest in a caption that `instruct` imitates
     recipe: str = "blip2_plora"
@@ -99,7 +98,7 @@ class Config(ModelConfig):
     see_lr: float = 4e-3
     align_lr: float = 6e-3
     instruct_lr: float = 6e-3
-    vit_lr: float = 1.0                  # share of the stage's rate that each part gets; 0: it stays frozen
+    vit_lr: float = 1.0                  # share of the rate that a part gets in align and instruct; 0: frozen
     qformer_lr: float = 1.0
     projector_lr: float = 1.0
     plora_lr: float = 1.0
@@ -114,7 +113,7 @@ class Config(ModelConfig):
     warmup: float = 0.05                 # share of the steps until the peak
     clip: float = 1.0                    # largest norm of the gradient
     bf16: bool = True                    # matrix products in bfloat16 (autocast)
-    half_frozen: bool = False            # weights of frozen layers, too, are kept in bfloat16
+    half_frozen: bool = False            # after stage 0, what is frozen is kept (and saved) in bfloat16
     workers: int = 1                     # processes that prepare data
     eval_samples: int = 1000
     save_every: int = 200                # steps between two states to resume from
@@ -201,9 +200,14 @@ def stage_samples(config: Config, stage: str) -> int:
     return getattr(config, f"{stage}_samples")
 
 
+def peak_rate(config: Config, stage: str, part: str) -> float:
+    """The highest learning rate of a part: the stage's, after stage 0 times the part's share."""
+    return getattr(config, f"{stage}_lr") * (1.0 if stage in STAGE_0 else getattr(config, f"{part}_lr"))
+
+
 def who_learns(config: Config, stage: str) -> tuple[str, ...]:
     """The recipe's parts for a stage, but for those whose rate is 0. Raises ValueError when none is left."""
-    learns = tuple(part for part in WHO_LEARNS[config.recipe][stage] if getattr(config, f"{part}_lr"))
+    learns = tuple(part for part in WHO_LEARNS[config.recipe][stage] if peak_rate(config, stage, part))
     if not learns:
         raise ValueError(f"nothing would learn in {stage!r}: recipe {config.recipe!r} trains "
                          f"{', '.join(WHO_LEARNS[config.recipe][stage])} there, at a rate of 0")
@@ -243,13 +247,12 @@ def make_optimizers(model: MLLM, config: Config, stage: str) -> list[torch.optim
     Muon (torch's own) makes each update orthogonal, which on these small models reaches in one pass what
     AdamW does not in many; `match_rms_adamw` scales it so that one learning rate fits all shapes.
     """
-    peak = getattr(config, f"{stage}_lr")
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         part = part_of(name)
-        lr = peak * getattr(config, f"{part}_lr")
+        lr = peak_rate(config, stage, part)
         if part == "decoder" and name.split(".")[-2] in ("w1", "w2", "w3"):
             lr *= config.ffn_lr
         if parameter.ndim == 2 and not any(word in name for word in ("embedding", "head")):
@@ -299,7 +302,7 @@ def train_stage(model: MLLM, stage: str, task: Task, collate: Collate, config: C
     device = next(model.parameters()).device
     steps = max(1, stage_samples(config, stage) // config.batch_size)
     model.train_only(who_learns(config, stage))
-    if config.half_frozen:
+    if config.half_frozen and stage not in STAGE_0:
         model.cast_frozen(torch.bfloat16)
     optimizers, losses = make_optimizers(model, config, stage), state["losses"] if state else []
     torch.manual_seed(config.seed + STAGES.index(stage))
@@ -312,6 +315,8 @@ def train_stage(model: MLLM, stage: str, task: Task, collate: Collate, config: C
         if device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"].cpu())
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not learning:
+        raise ValueError(f"nothing would learn in {stage!r}: {', '.join(who_learns(config, stage))} has no parameters")
     bar = tqdm(range(len(losses), steps), stage, steps, initial=len(losses), unit="step", dynamic_ncols=True)
     for step in bar:
         for optimizer in optimizers:
@@ -342,6 +347,9 @@ def train_stage(model: MLLM, stage: str, task: Task, collate: Collate, config: C
 
 # ---- What came of it ------------------------------------------------------------------------------
 
+ANSWER_TOKENS = 64                       # the longest answer in an evaluation
+
+
 def single_questions(samples) -> list[tuple[Sample, str]]:
     """Each turn of each sample as a question with the true turns before it, and its true answer."""
     asked = []
@@ -356,17 +364,24 @@ def single_questions(samples) -> list[tuple[Sample, str]]:
 
 
 def answer(model: MLLM, prompts: list[Sample], collate: Collate, config: Config, blind: bool = False) -> list[str]:
-    """The model's likeliest answer to each prompt. blind: everyone is shown somebody else's pictures."""
+    """The model's likeliest answer to each prompt. blind: all are shown the pictures of others, where there are any.
+
+    Raises ValueError naming a prompt that leaves no room for an answer.
+    """
     device, answers = next(model.parameters()).device, []
     model.eval()
     for start in range(0, len(prompts), 100):
-        some = prompts[start:start + 100]
-        ids = [torch.tensor(encode_turns(collate.tokenizer, prompt.turns, collate.n_rows, collate.max_len,
-                                         prompt.name, prompt.frames)[0]) for prompt in some]
+        some, ids = prompts[start:start + 100], []
+        for prompt in some:
+            turns = encode_turns(collate.tokenizer, prompt.turns, collate.n_rows, 10**9, prompt.name, prompt.frames)
+            ids.append(torch.tensor(turns[0]))
+            if len(ids[-1]) + ANSWER_TOKENS > model.config.max_len:
+                raise ValueError(f"{prompt.name}: {len(ids[-1])} tokens and an answer of up to {ANSWER_TOKENS} do not "
+                                 f"fit in max_len {model.config.max_len}")
         images = collate.images(some)
         images = images.roll(len(images) // 2 * blind, dims=0).to(device)
         with autocast(device, config):
-            tokens = torch.stack(list(model.generate(ids, images, 64, END)), dim=1)   # (B, up to 64)
+            tokens = torch.stack(list(model.generate(ids, images, ANSWER_TOKENS, END)), dim=1)
         answers += [collate.tokenizer.decode(row[:row.index(END)] if END in row else row).strip()
                     for row in tokens.tolist()]
     return answers
@@ -479,14 +494,13 @@ def draw_samples(shown: list, path: Path) -> None:
 # ---- The program ----------------------------------------------------------------------------------
 
 def report(model: MLLM, config: Config, stage: str) -> None:
-    """Print who learns in this stage, and how fast."""
+    """Print who learns in this stage, and at which peak rate."""
     print(f"\n{stage}: {stage_samples(config, stage)} samples, recipe {config.recipe}, adapters on "
           f"{config.lora_on} rows")
     for part in PARTS:
-        rate = getattr(config, f"{stage}_lr") * getattr(config, f"{part}_lr")
-        word = f"learns, rate {rate:.1e}" if part in who_learns(config, stage) else "frozen"
-        if part in WHO_LEARNS[config.recipe][stage] and not rate:
-            word = "frozen, since its rate is 0"
+        word, rate = "frozen", peak_rate(config, stage, part)
+        if part in WHO_LEARNS[config.recipe][stage]:
+            word = f"learns, rate {rate:.1e}" if rate else "frozen, since its rate is 0"
         print(f"  {part:10} {count_parameters(model, (part,)):>12,} parameters  {word}")
 
 
@@ -495,9 +509,13 @@ def count_parameters(model: MLLM, parts: tuple[str, ...]) -> int:
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory held so far, in GB: on a GPU what tensors took there, on a CPU the whole process."""
+    """The most memory held since the start, in GB: on a GPU by tensors, on a CPU by this process, where it says so."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource                                       # not on Windows
+    except ImportError:
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6               # Linux counts in kilobytes
 
 
@@ -508,24 +526,29 @@ def model_for(stage: str, config: Config, tokenizer: Tokenizer, out: Path, devic
     """
     asked = model_config(config, tokenizer)
     torch.manual_seed(config.seed)
-    if stage in STAGE_0:
-        asked = replace(asked, lora_on="image", connector="qformer")
+    if stage in STAGE_0:                                      # what only `align` makes use of
+        later = set(MAY_CHANGE["align"]) - set(MAY_CHANGE["see"])
+        asked = replace(asked, **{name: getattr(ModelConfig, name) for name in later})
     if stage == STAGES[0]:
         return MLLM(asked).to(device)
     before = out / f"{STAGES[STAGES.index(stage) - 1]}.pt"
     if not before.exists():
         raise FileNotFoundError(f"stage {stage!r} starts from {before}, which is not there: run the stages before it")
     model = MLLM.load(before, device)
-    if stage == "align":
-        model.drop_text_branch()                              # only `see` needs it
-    if stage not in STAGE_0:
-        asked = replace(asked, text_branch=False, qformer_layers=asked.qformer_layers - asked.qformer_drop_last,
-                        qformer_drop_last=0)
+    dropped = replace(asked, text_branch=False, qformer_layers=asked.qformer_layers - asked.qformer_drop_last,
+                      qformer_drop_last=0)
+    asked = dropped if stage == "instruct" else asked
     for name, value in asdict(asked).items():
         was = getattr(model.config, name)
         if was != value and name not in (*MAY_CHANGE[stage], *ANY_TIME):
             raise ValueError(f"{before} was trained with {name} {was!r}, but {value!r} is asked for: run an earlier "
                              "stage with it first")
+    if stage == "align":
+        model.config = replace(model.config, qformer_drop_last=asked.qformer_drop_last)
+        model.drop_text_branch()                              # only `see` needs it
+        asked = dropped
+    if asked.image_size != model.config.image_size:
+        print(f"images of {asked.image_size} instead of {model.config.image_size}: positions are interpolated")
     return model.renewed(asked).to(device)
 
 
@@ -589,9 +612,13 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     state = load_state(out / "resume.pt", device) if arguments.resume else None
     config = Config(**state["config"]) if state else settings(arguments)
-    task = Task(config)
     first = state["stage"] if state else arguments.stage or STAGES[0]
     stages = () if first == "evaluate" else (first,) if arguments.stage else STAGES[STAGES.index(first):]
+    for stage in stages:
+        who_learns(config, stage)                             # better an error now than hours later
+    if not stages and "image_size" not in arguments:
+        config = replace(config, image_size=MLLM.load(out / f"{STAGES[-1]}.pt").config.image_size)
+    task = Task(config)
     if first == STAGES[0] and not state:
         Tokenizer.train(corpus(task.train("read")), config.vocab_size).save(out / "tokenizer.json")
     tokenizer = Tokenizer.load(out / "tokenizer.json")
@@ -610,8 +637,8 @@ def main() -> None:
 
     start = time.time()
     model = MLLM.load(out / f"{STAGES[-1]}.pt", device)
-    model = model.renewed(replace(model.config, image_size=config.image_size)).to(device)
-    collate = replace(collate, n_rows=model.config.n_rows)    # those of the weights, whatever the flags say
+    model = model.renewed(replace(model.config, image_size=config.image_size, max_len=config.max_len)).to(device)
+    collate = replace(collate, n_rows=model.config.n_rows)    # that of the weights, whatever the flags say
     metrics, shown = evaluate(model, task, collate, config)
     history = {stage: torch.load(out / f"{stage}.pt", map_location="cpu", weights_only=True) for stage in STAGES}
     seconds = {stage: history[stage]["seconds"] for stage in STAGES} | {"evaluate": time.time() - start}

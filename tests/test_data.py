@@ -443,6 +443,9 @@ def test_a_clip_is_one_image_of_several_frames(tmp_path):
     ("A dog runs on grass. It is bro", "A dog runs on grass."),
     ('A man says "stop, you two." And then...', 'A man says "stop, you two."'),
     ("Mr. Fox met Mr. Hare at 3.5 km.", "Mr. Fox met Mr. Hare at 3.5 km."),
+    ("The dog—brown and small—runs. <br>It is <unk>here.", "The dog—brown and small—runs. It is here."),
+    ("A price < 5 dollars and a big > 3 cat.", "A price 5 dollars and a big 3 cat."),
+    ("A cat. A cat. A cat.", ""), ("कुत्ता हरी घास पर है. कु", "कुत्ता हरी घास पर है."), ("A dog runs on the grass…", ""),
     ("A dog runs.", ""), ("a dog runs on the green grass", ""), ("# @ ~", ""), ("", ""),
     ("一只狗在草地上。一只狗在草地上。 It is brown and it runs fast.", "一只狗在草地上。 It is brown and it runs fast."),
 ])

@@ -175,6 +175,9 @@ def test_a_model_without_a_qformer_takes_a_row_for_every_few_patches(connector, 
     images = torch.rand(1, 3, 8, 16, requires_grad=True)
     model(ids, images, ids)[1].backward()
     assert (images.grad != 0).all()                           # every pixel is seen
+    if connector == "patch-merge":
+        with pytest.raises(ValueError, match="4 patches in a row, but an image has 6"):
+            make_model(connector=connector, image_size=(8, 12))
     with pytest.raises(ValueError, match="unknown connector 'mlp'"):
         make_model(connector="mlp")
 

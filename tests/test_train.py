@@ -122,8 +122,10 @@ def test_each_stage_may_change_what_starts_anew_in_it_and_nothing_else(finished,
     assert same(see.decoder.state_dict(), read.decoder.state_dict())
     with pytest.raises(ValueError, match="see.pt was trained with vit_dim 32, but 16 is asked for"):
         run(monkeypatch, tmp_path, "--stage=align", n_queries=3)
-    with pytest.raises(ValueError, match="see.pt was trained with qformer_layers 1, but 2 is asked for"):
+    with pytest.raises(ValueError, match="see.pt was trained with qformer_layers 2, but 3 is asked for"):
         run(monkeypatch, tmp_path, "--stage=align", n_queries=3, vit_dim=32, qformer_layers=3)
+    run(monkeypatch, tmp_path, "--stage=align", n_queries=3, vit_dim=32, qformer_drop_last=0)
+    assert len(MLLM.load(tmp_path / "align.pt").qformer.blocks) == 2
 
 
 def test_images_may_grow_from_one_stage_to_the_next(finished, tmp_path, monkeypatch):
@@ -135,6 +137,8 @@ def test_images_may_grow_from_one_stage_to_the_next(finished, tmp_path, monkeypa
     monkeypatch.setattr("sys.argv", [*flags(), f"--out={tmp_path}", "--stage=evaluate", "--image-size", "72", "72"])
     train.main()
     assert MLLM.load(tmp_path / "instruct.pt").vit.grid == (8, 8)                 # measuring changes no weights
+    run(monkeypatch, tmp_path, "--stage=evaluate")            # without a size: that of the weights
+    assert json.loads((tmp_path / "metrics.json").read_text())["config"]["image_size"] == [64, 64]
 
 
 def test_frozen_parameters_are_in_no_optimizer(parts):
@@ -176,6 +180,19 @@ def test_each_part_learns_at_its_share_of_the_rate_and_not_at_all_at_0(parts, ca
     assert re.search("decoder .*learns, rate 1.5e-03", printed)
     with pytest.raises(ValueError, match="nothing would learn in 'align'"):
         train.who_learns(train.replace(config, recipe="frozen", projector_lr=0.0), "align")
+    assert train.who_learns(config, "see") == ("vit", "qformer")                  # stage 0 is the same for all
+
+
+def test_a_projector_without_parameters_cannot_be_all_that_learns(finished, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="nothing would learn in 'align': projector has no parameters"):
+        run(monkeypatch, tmp_path, recipe="minigpt4", projector="identity", qformer_dim=24, dim=24)
+
+
+def test_a_question_that_leaves_no_room_for_an_answer_is_named(parts):
+    config, _, model, collate = parts
+    long = Sample([], [("word " * 300, None)], name="record 7")
+    with pytest.raises(ValueError, match="record 7: .* do not fit in max_len 512"):
+        train.answer(model, [long], collate, config)
 
 
 def test_a_loss_without_weight_leaves_its_head_without_a_gradient(parts):
