@@ -152,7 +152,7 @@ def text_drift(folder: Path, config: train.Config) -> dict:
 @torch.no_grad()
 def sight(folder: Path, config: train.Config, n: int = 500, among: int = 100) -> dict:
     """Of the Q-Former after `see`, on held-out pictures: nats per token of ITG, how often ITC finds a picture's own
-    text among `among`, how often ITM tells pairs from hard wrong ones."""
+    text among `among`, how often ITM, if it has learned, tells pairs from hard wrong ones."""
     model, tokenizer = MLLM.load(folder / "see.pt").eval(), Tokenizer.load(folder / "tokenizer.json")
     collate = Collate(tokenizer, model.config.n_queries, model.config.image_size, model.config.max_len)
     scenes = Scenes(train.Task(config).spec, "see", n, "test")
@@ -281,9 +281,12 @@ def save_padded(model: MLLM, side: int, start: Path, folder: Path) -> None:
 # ---- Table and chart ------------------------------------------------------------------------------
 
 def show(value) -> str:
+    """Three digits; "0" is exactly zero."""
+    if isinstance(value, str) or value == 0:
+        return str(value or 0)
     if isinstance(value, int):
         return f"{value:,}"
-    return value if isinstance(value, str) else f"{value:.0f}" if value >= 100 else f"{value:.3f}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3f}" if value >= 0.01 else f"{value:.1e}"
 
 
 def print_table(lines: list[dict]) -> None:
