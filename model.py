@@ -507,7 +507,7 @@ class MLLM(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise every parameter anew."""
         self.ln_vision.reset_parameters()
-        for module in (self.vit, self.qformer, *self.projector, self.decoder):
+        for module in (self.vit, self.qformer, self.decoder, *self.projector):
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
 

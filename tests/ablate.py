@@ -281,12 +281,12 @@ def save_padded(model: MLLM, side: int, start: Path, folder: Path) -> None:
 # ---- Table and chart ------------------------------------------------------------------------------
 
 def show(value) -> str:
-    """Three digits; "0" is exactly zero."""
+    """A cell of the table; "0" is exactly zero."""
     if isinstance(value, str) or value == 0:
         return str(value or 0)
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.0f}" if value >= 100 else f"{value:.3f}" if value >= 0.01 else f"{value:.1e}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3f}" if value >= 0.01 else f"{value:.4f}"
 
 
 def print_table(lines: list[dict]) -> None:
