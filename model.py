@@ -426,7 +426,10 @@ class ModelConfig:
 
     @property
     def n_rows(self) -> int:
-        """How many rows an image becomes."""
+        """How many rows an image becomes. Raises ValueError when its patches do not fill them."""
+        if self.n_patches % MERGED.get(self.connector, 1):
+            raise ValueError(f"{self.connector} puts {MERGED[self.connector]} patches in a row, but an image has "
+                             f"{self.n_patches}")
         return self.n_queries if self.connector == "qformer" else self.n_patches // MERGED[self.connector]
 
     @property
@@ -485,8 +488,6 @@ class MLLM(nn.Module):
             raise ValueError(f"qformer_drop_last {c.qformer_drop_last} would leave none of {c.qformer_layers} blocks")
         if c.connector not in CONNECTORS:
             raise ValueError(f"unknown connector {c.connector!r}: use one of {', '.join(CONNECTORS)}")
-        if c.n_patches % MERGED.get(c.connector, 1):
-            raise ValueError(f"{c.connector} puts {MERGED[c.connector]} patches in a row, but an image has {c.n_patches}")
         if c.lora_on not in ADAPTED:
             raise ValueError(f"unknown lora_on {c.lora_on!r}: use one of {', '.join(ADAPTED)}")
         self.vit = ViT(c.image_size, c.patch_size, c.vit_dim, c.vit_layers, c.vit_heads,

@@ -522,7 +522,7 @@ def peak_memory(device: torch.device) -> float:
 def model_for(stage: str, config: Config, tokenizer: Tokenizer, out: Path, device: torch.device) -> MLLM:
     """The model that a stage starts from: a fresh one, or the weight file of the stage before.
 
-    Raises ValueError when a setting differs from that of the weights and not in this stage, see `MAY_CHANGE`.
+    Raises ValueError when a setting differs from that of the weights and this stage may not change it.
     """
     asked = model_config(config, tokenizer)
     torch.manual_seed(config.seed)

@@ -177,7 +177,7 @@ def test_a_model_without_a_qformer_takes_a_row_for_every_few_patches(connector, 
     assert (images.grad != 0).all()                           # every pixel is seen
     if connector == "patch-merge":
         with pytest.raises(ValueError, match="4 patches in a row, but an image has 6"):
-            make_model(connector=connector, image_size=(8, 12))
+            make_model(connector=connector, image_size=(8, 12)).config.n_rows
     with pytest.raises(ValueError, match="unknown connector 'mlp'"):
         make_model(connector="mlp")
 

@@ -183,6 +183,13 @@ def test_each_part_learns_at_its_share_of_the_rate_and_not_at_all_at_0(parts, ca
     assert train.who_learns(config, "see") == ("vit", "qformer")                  # stage 0 is the same for all
 
 
+def test_patches_that_cannot_be_merged_are_an_error_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", [*flags(connector="patch-merge"), f"--out={tmp_path}", "--image-size", "40", "40"])
+    with pytest.raises(ValueError, match="an image has 25"):
+        train.main()
+    assert not (tmp_path / "read.pt").exists()
+
+
 def test_a_projector_without_parameters_cannot_be_all_that_learns(finished, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="nothing would learn in 'align': projector has no parameters"):
         run(monkeypatch, tmp_path, recipe="minigpt4", projector="identity", qformer_dim=24, dim=24)
