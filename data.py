@@ -383,6 +383,12 @@ class BadRecord(ValueError):
     """A record that cannot be trained on; the message names the file and the record."""
 
 
+def existing(path: Path, name: str) -> Path:
+    if not os.path.isfile(path):                              # False, too, for names no file can have
+        raise BadRecord(f"{name}: no image file {path}")
+    return path
+
+
 def parse_record(record, folder: Path, name: str) -> tuple[list[list[Path]], list[tuple[str, str]]]:
     """One LLaVA record -> the paths of the frames of each of its images, and its turns. Raises BadRecord."""
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
@@ -425,12 +431,6 @@ def parse_caption(record, folder: Path, name: str) -> tuple[list[list[Path]], li
     if not isinstance(caption, str) or not caption.strip() or "<image>" in caption:
         raise BadRecord(f"{name}: 'caption' must be a text that is not empty and holds no <image>")
     return [[existing(folder / f"{record['image_id']}.jpg", name)]], [("<image>", caption)]
-
-
-def existing(path: Path, name: str) -> Path:
-    if not os.path.isfile(path):                              # False, too, for names no file can have
-        raise BadRecord(f"{name}: no image file {path}")
-    return path
 
 
 MARKUP = re.compile(r"</?\w+[^<>]*>")

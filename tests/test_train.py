@@ -124,8 +124,9 @@ def test_each_stage_may_change_what_starts_anew_in_it_and_nothing_else(finished,
         run(monkeypatch, tmp_path, "--stage=align", n_queries=3)
     with pytest.raises(ValueError, match="see.pt was trained with qformer_layers 2, but 3 is asked for"):
         run(monkeypatch, tmp_path, "--stage=align", n_queries=3, vit_dim=32, qformer_layers=3)
-    run(monkeypatch, tmp_path, "--stage=align", n_queries=3, vit_dim=32, qformer_drop_last=0)
-    assert len(MLLM.load(tmp_path / "align.pt").qformer.blocks) == 2
+    run(monkeypatch, tmp_path, "--stage=align", n_queries=3, vit_dim=32, qformer_drop_last=0, recipe="minigpt4")
+    last = "qformer.blocks.1.query_ffn.0.weight"              # frozen in this recipe
+    assert torch.equal(weights(tmp_path, "align")[last], weights(tmp_path, "see")[last])
 
 
 def test_images_may_grow_from_one_stage_to_the_next(finished, tmp_path, monkeypatch):
@@ -137,6 +138,8 @@ def test_images_may_grow_from_one_stage_to_the_next(finished, tmp_path, monkeypa
     monkeypatch.setattr("sys.argv", [*flags(), f"--out={tmp_path}", "--stage=evaluate", "--image-size", "72", "72"])
     train.main()
     assert MLLM.load(tmp_path / "instruct.pt").vit.grid == (8, 8)                 # measuring changes no weights
+    with pytest.raises(ValueError, match="do not fit in max_len 70"):
+        run(monkeypatch, tmp_path, "--stage=evaluate", max_len=70)
     run(monkeypatch, tmp_path, "--stage=evaluate")            # without a size: that of the weights
     assert json.loads((tmp_path / "metrics.json").read_text())["config"]["image_size"] == [64, 64]
 
