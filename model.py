@@ -531,9 +531,9 @@ class MLLM(nn.Module):
         model, state = MLLM(config), self.state_dict()
         if config.patch_size == self.config.patch_size:
             state["vit.position_embedding"] = self.vit.positions(model.vit.grid)
-        fits = {name: value for name, value in model.state_dict().items()
+        fits = {name: state[name] for name, value in model.state_dict().items()
                 if name in state and state[name].shape == value.shape}
-        model.load_state_dict({name: state[name] for name in fits}, strict=False)
+        model.load_state_dict(fits, strict=False)
         return model
 
     def train_only(self, parts: tuple[str, ...]) -> None:

@@ -216,6 +216,11 @@ def who_learns(config: Config, stage: str) -> tuple[str, ...]:
 
 # ---- How a stage learns ---------------------------------------------------------------------------
 
+def to_generate(text: Tensor) -> Tensor:
+    """Text (B, T) for ITG: its first token says that it is to be written, not summed up."""
+    return torch.cat([torch.full_like(text[:, :1], DECODE), text[:, 1:]], dim=1)
+
+
 def stage_loss(model: MLLM, stage: str, batch: dict[str, Tensor], config: Config) -> Tensor:
     """nats: answers only, in `see` BLIP-2's three losses (arXiv 2301.12597, section 3.1).
 
@@ -228,8 +233,7 @@ def stage_loss(model: MLLM, stage: str, batch: dict[str, Tensor], config: Config
         return model(**batch)[1]
     images, text = batch["images"], batch["text"]
     features = model.ln_vision(model.vit(images))                                 # (B, P, Dv)
-    to_generate = torch.cat([torch.full_like(text[:, :1], DECODE), text[:, 1:]], dim=1)
-    loss, queries = model.qformer.itg_loss(features, to_generate)
+    loss, queries = model.qformer.itg_loss(features, to_generate(text))
     n = max(2, len(text) // config.contrast_every)
     features, queries, text = features[:n], queries[:n], text[:n]
     if config.itc_weight or config.itm_weight:
@@ -258,7 +262,8 @@ def make_optimizers(model: MLLM, config: Config, stage: str) -> list[torch.optim
         if parameter.ndim == 2 and not any(word in name for word in ("embedding", "head")):
             matrices.append(dict(params=[parameter], lr=lr))
         else:
-            lr *= config.vision_adamw_lr if part in ("vit", "qformer") else 1.0
+            if part in ("vit", "qformer"):
+                lr *= config.vision_adamw_lr
             decay = config.weight_decay if parameter.ndim > 1 else 0.0
             others.append(dict(params=[parameter], lr=lr, weight_decay=decay))
     optimizers = []

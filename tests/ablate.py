@@ -22,6 +22,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -31,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from data import Collate, Scenes, Tokenizer  # noqa: E402
-from model import MLLM, ViT, part_of  # noqa: E402
+from model import MLLM, ViT  # noqa: E402
 
 # For each table: what to show, and each run as (label, flags). Flags before "|" are for stage 0, too. 50% means half
 # of the preset's samples.
@@ -135,13 +136,12 @@ class Runner:
 def text_drift(folder: Path, config: train.Config) -> dict:
     """What the stages did to text without pictures: perplexity of the answers to questions about written
     descriptions, and the share of logits that are not bit for bit those of the decoder from stage 0."""
+    texts, tokenizer = train.Task(config).test["read"], Tokenizer.load(folder / "tokenizer.json")
+    collate = Collate(tokenizer, config.n_rows, config.image_size, config.max_len)
+    batch = collate.conversations([texts[i] for i in range(len(texts))])
     logits, perplexity = {}, {}
     for stage in ("see", "align", "instruct"):
         model = MLLM.load(folder / f"{stage}.pt").eval()
-        texts = train.Task(config).test["read"]
-        collate = Collate(Tokenizer.load(folder / "tokenizer.json"), model.config.n_rows, config.image_size,
-                          config.max_len)
-        batch = collate.conversations([texts[i] for i in range(len(texts))])
         logits[stage], loss = model(**batch)                  # no images: an empty tensor keeps adapters in the graph
         perplexity[stage] = loss.exp().item()
     changed = (logits["instruct"] != logits["see"]).float().mean().item()
@@ -161,8 +161,7 @@ def sight(folder: Path, config: train.Config, n: int = 500, among: int = 100) ->
         batch = collate.pairs([scenes[i] for i in range(start, start + among)])
         images, text = batch["images"], batch["text"]
         features = model.ln_vision(model.vit(images))
-        generated = torch.cat([torch.full_like(text[:, :1], train.DECODE), text[:, 1:]], dim=1)
-        itg, queries = model.qformer.itg_loss(features, generated)
+        itg, queries = model.qformer.itg_loss(features, train.to_generate(text))
         found = model.qformer.similarity(queries, text).argmax(dim=1)
         own = (text[found] == text).all(dim=1).float().mean()                     # some scenes share their text
         sums += torch.stack([itg, own, itm_accuracy(model, features, text, queries)])
@@ -187,7 +186,7 @@ def ms_an_image(model: MLLM, n: int = 64, repeats: int = 20) -> float:
         start = time.perf_counter()
         model.encode_images(images)
         times.append(time.perf_counter() - start)
-    return sorted(times)[repeats // 2] / n * 1000
+    return median(times) / n * 1000
 
 
 def measure(folder: Path, columns: tuple[str, ...]) -> dict:
@@ -202,8 +201,7 @@ def measure(folder: Path, columns: tuple[str, ...]) -> dict:
             "learning": metrics["learning_parameters"]["instruct"], "GB": saved["memory"],
             "seconds": seconds["align"] + seconds["instruct"], "see seconds": seconds["see"],
             "see samples": config.see_samples, "rows": model.config.n_rows, "patches": config.n_patches,
-            "connector parameters": sum(parameter.numel() for name, parameter in model.named_parameters()
-                                        if part_of(name) in ("qformer", "projector")),
+            "connector parameters": train.count_parameters(model, ("qformer", "projector")),
             "weights MB": sum(value.numel() * value.element_size() for value in saved["model"].values()) / 1e6}
     if "ms an image" in columns:
         line["ms an image"] = ms_an_image(model)
@@ -237,7 +235,7 @@ def checkpointing(n: int = 16, repeats: int = 3) -> list[dict]:
             loss.backward()
             times.append(time.perf_counter() - start)
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in vit.parameters()]))
-        lines.append({"activations": label, "kept MB": held / 1e6, "seconds": sorted(times)[repeats // 2],
+        lines.append({"activations": label, "kept MB": held / 1e6, "seconds": median(times),
                       "largest difference": (gradients[-1] - gradients[0]).abs().max().item()})
     return lines
 
