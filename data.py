@@ -15,20 +15,24 @@ Left out on purpose: random crops and flips (they would make "left" a lie).
 B texts, N images, T tokens, Q rows for each image.
 """
 import copy
+import csv
+import functools
+import heapq
 import json
 import math
 import os
 import random
 import re
+import sys
 import textwrap
 import unicodedata
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
@@ -49,17 +53,23 @@ class Tokenizer:
     """Byte-level byte-pair encoding: any text in, ids out, and back without loss.
 
     Ids: the special tokens, then the 256 bytes, then one id for each merge in the order learned. `encode`
-    never yields a special id, so text cannot fake an image or the end of an answer.
+    never yields a special id, so text cannot fake an image or the end of an answer. `load` also reads the tokenizers
+    of published models, whose ids are their own.
     Source: arXiv 1508.07909, section 3.2, on bytes as in GPT-2.
     """
 
     def __init__(self, merges: list[tuple[int, int]]):
         self.merges = [tuple(pair) for pair in merges]
-        self.rank = {pair: i for i, pair in enumerate(self.merges)}
+        self.merge = {pair: (rank, len(SPECIALS) + 256 + rank) for rank, pair in enumerate(self.merges)}
         self.bytes = [name.encode() for name in SPECIALS] + [bytes([value]) for value in range(256)]
         for left, right in self.merges:
             self.bytes.append(self.bytes[left] + self.bytes[right])
+        self.published = None                                 # see `PublishedText`
         self.cache: dict[str, list[int]] = {}
+        # What the prompt template and the Q-Former's losses put around the text.
+        self.pad, self.image, self.summary, self.dec, self.end = PAD, IMAGE, START, DECODE, END
+        self.start, self.human, self.assistant = [START], [END, HUMAN], [END, ASSISTANT]
+        self.image_open, self.image_close, self.space = [IMAGE_OPEN], [IMAGE_CLOSE], " "
 
     @property
     def vocab_size(self) -> int:
@@ -110,44 +120,263 @@ class Tokenizer:
                 i += 1
         return merged
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of text; "" gives []."""
-        return [token for piece in PIECES.findall(text) for token in self._encode_piece(piece)]
+    def encode(self, text: str, plain: bool = False) -> list[int]:
+        """The ids of text; "" gives []. plain: special tokens of a published vocabulary that stand in the text are
+        read letter by letter too."""
+        words = self.published(text, plain) if self.published else PIECES.findall(text)
+        ids = []
+        for word in words:
+            ids += [word] if isinstance(word, int) else self._encode_word(word)
+        return ids
 
-    def _encode_piece(self, piece: str) -> list[int]:
-        if piece not in self.cache:
-            ids = self._bytes_to_ids(piece)
-            while len(ids) > 1:                               # the earliest learned merge goes first
-                pair = min(zip(ids, ids[1:]), key=lambda pair: self.rank.get(pair, math.inf))
-                if pair not in self.rank:
-                    break
-                ids = self._merge(ids, pair, len(SPECIALS) + 256 + self.rank[pair])
+    def _encode_word(self, word: str) -> list[int]:
+        if word not in self.cache:
             if len(self.cache) >= 100_000:
                 self.cache.clear()
-            self.cache[piece] = ids
-        return self.cache[piece]
+            self.cache[word] = self._join(self.published.symbols(word) if self.published else self._bytes_to_ids(word))
+        return self.cache[word]
+
+    def _join(self, ids: list[int]) -> list[int]:
+        """Merge neighbours until no merge is left: the earliest learned first, of equal ones the leftmost."""
+        after = [*range(1, len(ids)), None]                   # a linked list: merging takes the right one out
+        before = [None, *range(len(ids) - 1)]
+        waiting = []
+
+        def propose(left: int | None) -> None:
+            if left is not None and after[left] is not None:
+                pair = ids[left], ids[after[left]]
+                if pair in self.merge:
+                    heapq.heappush(waiting, (self.merge[pair][0], left, pair))
+
+        for left in range(len(ids)):
+            propose(left)
+        while waiting:
+            _, left, pair = heapq.heappop(waiting)
+            right = after[left] if ids[left] is not None else None
+            if right is None or (ids[left], ids[right]) != pair:
+                continue                                      # one of the two has been merged meanwhile
+            ids[left], ids[right], after[left] = self.merge[pair][1], None, after[right]
+            if after[left] is not None:
+                before[after[left]] = left
+            propose(before[left])
+            propose(left)
+        return [token for token in ids if token is not None]
 
     def decode(self, ids) -> str:
-        """The text of ids (ints). Special tokens read as their names, broken UTF-8 as U+FFFD."""
-        data = b"".join(self.bytes[int(token)] for token in ids)
+        """The text of ids (ints). Special tokens read as their names, broken UTF-8 as U+FFFD, unknown ids as nothing."""
+        data = b"".join(self.bytes[int(token)] for token in ids if int(token) < len(self.bytes))
+        data = data.removeprefix(b" ") if not self.space else data
         try:
             return data.decode("utf-8", "surrogatepass")
         except UnicodeDecodeError:
             return data.decode("utf-8", "replace")
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps({"specials": SPECIALS, "merges": self.merges}))
+        content = self.published.content if self.published else {"specials": SPECIALS, "merges": self.merges}
+        Path(path).write_text(json.dumps(content), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Read what `save` wrote. Raises ValueError when the file is no such tokenizer."""
+        """Read what `save` wrote, or the `tokenizer.json` of a published model, whose start and end symbols
+        `tokenizer_config.json` beside it names. Raises ValueError when the file is no such tokenizer."""
+        path = Path(path)
         try:
-            content = json.loads(Path(path).read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if "model" in content:
+                beside = path.with_name("tokenizer_config.json")
+                return published_tokenizer(content | (json.loads(beside.read_text()) if beside.is_file() else {}))
             if tuple(content["specials"]) != SPECIALS:
                 raise ValueError(f"special tokens {content['specials']} are not {list(SPECIALS)}")
             return cls(content["merges"])
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"{path}: not a tokenizer written by this program ({error})") from error
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path}: not a tokenizer that can be read here ({error})") from error
+
+
+# ---- Tokenizers published by others: the same merges, other ways of cutting text into words -----------
+
+def unicode_class(category: str) -> str:
+    """All characters of a Unicode category ("L": letters, "N": numbers), to stand in a regex's brackets."""
+    inside = [unicodedata.category(chr(code)).startswith(category) for code in range(sys.maxunicode + 1)] + [False]
+    edges = [code for code in range(len(inside)) if inside[code] != (code > 0 and inside[code - 1])]
+    return "".join(f"\\U{start:08x}-\\U{stop - 1:08x}" for start, stop in zip(edges[::2], edges[1::2]))
+
+
+# White space to Unicode. To Python's \s the separators U+001C to U+001F are white space too.
+SPACE = "\\t-\\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+
+
+@functools.cache
+def to_python(pattern: str) -> re.Pattern:
+    """A regex as tokenizer.json has it: with \\p{L}, which Python lacks, and with Unicode's white space."""
+    out, in_brackets = "", False
+    for part in re.findall(r"\\p\{\w+\}|\\.|.", pattern, re.DOTALL):
+        if part.startswith("\\p") or part == r"\s":
+            part = unicode_class(part[3:-1]) if part != r"\s" else SPACE
+            part = part if in_brackets else f"[{part}]"
+        elif part == r"\S":
+            part = f"[^{SPACE}]"
+        in_brackets = part == "[" or in_brackets and part != "]"
+        out += part
+    return re.compile(out)
+
+
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SEEN = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that GPT-2's vocabulary writes as they are
+UNSEEN = [value for value in range(256) if value not in SEEN]
+LETTERS = [chr(value if value in SEEN else 256 + UNSEEN.index(value)) for value in range(256)]    # byte -> character
+
+
+def cut(pattern: re.Pattern, text: str) -> list[str]:
+    """Text as the matches of a pattern and what lies between them."""
+    edges = sorted({0, len(text), *(edge for match in pattern.finditer(text) for edge in match.span())})
+    return [text[start:stop] for start, stop in zip(edges, edges[1:])]
+
+
+def steps(part: dict | None) -> list[dict]:
+    """A normalizer or pre-tokenizer of tokenizer.json as a list of the steps that it consists of."""
+    if part is None or part["type"] != "Sequence":
+        return [part] if part else []
+    return [step for inner in part.get("normalizers", part.get("pretokenizers")) for step in steps(inner)]
+
+
+class PublishedText:
+    """How a `tokenizer.json` (the `tokenizers` library's format) takes text apart: added tokens, then normal forms,
+    then words, then the symbols that merges start from.
+
+    content: what the file holds. Read are byte-level BPE (GPT-2, SmolLM2, Qwen2, Llama 3) and SentencePiece-like BPE
+    with byte fallback (LLaMA). Raises ValueError naming what is not known here.
+    """
+
+    NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Prepend", "Replace")
+    PRE_TOKENIZERS = ("ByteLevel", "Digits", "Metaspace", "Split")
+
+    def __init__(self, content: dict):
+        self.content, model = content, content["model"]
+        self.normalizers, self.pre_tokenizers = steps(content.get("normalizer")), steps(content.get("pre_tokenizer"))
+        for step in self.normalizers + self.pre_tokenizers:
+            if step["type"] not in self.NORMALIZERS + self.PRE_TOKENIZERS:
+                raise ValueError(f"the step {step['type']!r} is not known here")
+            if step["type"] == "Split" and (step["behavior"] != "Isolated" or step["invert"]):
+                raise ValueError(f"a Split that is {step['behavior']} or inverted is not known here")
+        if model.get("type", "BPE") != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+            raise ValueError("only BPE without prefixes and suffixes is known here")
+        self.vocab, self.unknown = model["vocab"], model["vocab"].get(model.get("unk_token"))
+        self.byte_fallback, self.fuse = model.get("byte_fallback", False), model.get("fuse_unk", False)
+        self.whole_words = model.get("ignore_merges", False)
+        self.added = {token["content"]: token for token in content.get("added_tokens", []) if token["content"]}
+
+    def __call__(self, text: str, plain: bool = False) -> list[int | str]:
+        """Text -> the ids of added tokens and, between them, words. plain: special ones are not looked for."""
+        parts = []
+        for part in self.take_added(text, False, plain):
+            parts += [part] if isinstance(part, int) else self.take_added(self.normalize(part), True, plain)
+        words = []
+        for i, part in enumerate(parts):
+            words += [part] if isinstance(part, int) else self.words(part, is_first=i == 0)
+        return words
+
+    def take_added(self, text: str, normalized: bool, plain: bool) -> list[int | str]:
+        """Cut text at added tokens, the leftmost and longest first; those with lstrip or rstrip take white space along."""
+        tokens = {self.normalize(name) if normalized else name: token for name, token in self.added.items()
+                  if token.get("normalized", False) == normalized and not (plain and token.get("special"))}
+        if not tokens:
+            return [text] if text else []
+        parts, done = [], 0
+        for match in re.finditer("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))), text):
+            token, (start, stop) = tokens[match[0]], match.span()
+            if token.get("single_word") and (re.search(r"\w\Z", text[:start]) or re.match(r"\w", text[stop:])):
+                continue
+            if token.get("lstrip"):
+                start = max(done, len(re.sub(rf"[{SPACE}]+\Z", "", text[:start])))
+            if token.get("rstrip"):
+                stop += re.match(f"[{SPACE}]*", text[stop:]).end()
+            parts += [text[done:start], token["id"]]
+            done = stop
+        return [part for part in (*parts, text[done:]) if part != ""]
+
+    def normalize(self, text: str) -> str:
+        for step in self.normalizers:
+            if step["type"] == "Prepend":
+                text = text and step["prepend"] + text
+            elif step["type"] == "Replace":
+                text = self.pattern(step).sub(lambda _: step["content"], text)
+            else:
+                text = unicodedata.normalize(step["type"], text)
+        return text
+
+    @staticmethod
+    def pattern(step: dict) -> re.Pattern:
+        kind, pattern = next(iter(step["pattern"].items()))
+        return to_python(pattern) if kind == "Regex" else re.compile(re.escape(pattern))
+
+    def words(self, text: str, is_first: bool) -> list[str]:
+        """Normal text -> words. is_first: no added token stands before it."""
+        words = [text]
+        for step in self.pre_tokenizers:
+            words = [part for word in words for part in self.split(step, word, is_first)]
+        return words
+
+    def split(self, step: dict, text: str, is_first: bool) -> list[str]:
+        if step["type"] == "Split":
+            return cut(self.pattern(step), text)
+        if step["type"] == "Digits":
+            return cut(to_python(r"\p{N}" if step["individual_digits"] else r"\p{N}+"), text)
+        if step["type"] == "ByteLevel":
+            if step["add_prefix_space"] and not text.startswith(" "):
+                text = " " + text
+            words = cut(to_python(GPT2_WORDS), text) if step.get("use_regex", True) else [text]
+            return ["".join(LETTERS[byte] for byte in word.encode("utf-8", "surrogatepass")) for word in words]
+        mark = step["replacement"]                            # Metaspace: a mark where a word begins
+        scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space") else "never")
+        text = text.replace(" ", mark)
+        if (scheme == "always" or scheme == "first" and is_first) and not text.startswith(mark):
+            text = mark + text
+        return re.findall(f"{mark}[^{mark}]*|[^{mark}]+", text) if step.get("split", True) else [text]
+
+    def symbols(self, word: str) -> list[int]:
+        """The ids that merging starts from: those of the characters, else of their bytes, else the unknown one."""
+        if self.whole_words and word in self.vocab:
+            return [self.vocab[word]]
+        ids = []
+        for character in word:
+            fallback = [self.vocab.get(f"<0x{byte:02X}>") for byte in character.encode("utf-8", "surrogatepass")]
+            if character in self.vocab:
+                ids.append(self.vocab[character])
+            elif self.byte_fallback and None not in fallback:
+                ids += fallback
+            elif self.unknown is not None and not (self.fuse and ids[-1:] == [self.unknown]):
+                ids.append(self.unknown)
+        return ids
+
+
+def published_tokenizer(content: dict) -> Tokenizer:
+    """A tokenizer from the content of tokenizer.json and tokenizer_config.json."""
+    tokenizer, text = Tokenizer([]), PublishedText(content)
+    tokenizer.published, tokenizer.merges = text, content["model"]["merges"]
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in tokenizer.merges]
+    tokenizer.merge = {(text.vocab[a], text.vocab[b]): (rank, text.vocab[a + b]) for rank, (a, b) in enumerate(pairs)}
+    is_byte_level = any(step["type"] == "ByteLevel" for step in text.pre_tokenizers)
+    names = text.vocab | {name: token["id"] for name, token in text.added.items()}
+    tokenizer.bytes = [b""] * (max(names.values()) + 1)
+    for name, token in names.items():
+        if is_byte_level and name not in text.added and all(letter in LETTERS for letter in name):
+            tokenizer.bytes[token] = bytes(LETTERS.index(letter) for letter in name)
+        elif text.byte_fallback and re.fullmatch("<0x[0-9A-F]{2}>", name):
+            tokenizer.bytes[token] = bytes([int(name[3:5], 16)])
+        else:
+            tokenizer.bytes[token] = name.replace("\u2581", " ").encode("utf-8", "surrogatepass")
+    # The template in its own words and symbols. What is not text gets ids that no text has.
+    n = len(tokenizer.bytes)
+    tokenizer.bytes += [b"<pad>", b"<ImageHere>", b"<summary>", b"<dec>"]
+    tokenizer.pad, tokenizer.image, tokenizer.summary, tokenizer.dec = range(n, n + 4)
+    start, tokenizer.end = (names.get(name["content"] if isinstance(name, dict) else name)
+                            for name in (content.get("bos_token"), content.get("eos_token")))
+    tokenizer.start = [] if start is None else [start]
+    tokenizer.space = "" if text.words(text.normalize("a"), True)[:1] == ["\u2581a"] else " "
+    tokenizer.human, tokenizer.assistant, tokenizer.image_open, tokenizer.image_close = (
+        tokenizer.encode(words, plain=True)
+        for words in ("###Human:", "###Assistant:", tokenizer.space + "<Img>", "</Img>"))
+    return tokenizer
 
 
 # ---- Scenes: pictures whose every fact is known ---------------------------------------------------
@@ -261,6 +490,7 @@ def caption(things: list[Thing], rng: random.Random) -> str:
 KINDS = ("color", "shape", "size", "where", "count", "exists", "relation")
 DESCRIBE = ("Describe the picture in detail.", "What do you see? Describe everything.",
             "Give a detailed description.")
+CAPTION = ("Describe the picture in one sentence.", "What does the picture show, in short?", "Give a short caption.")
 
 
 def ask(kind: str, things: list[Thing], about: Thing, spec: SceneSpec, rng: random.Random,
@@ -317,6 +547,7 @@ class Sample:
     kind: str = "answer"                                      # groups the answers in an evaluation
     name: str = "sample"                                      # for error messages
     frames: tuple[int, ...] = ()                              # none: one image each
+    references: tuple[str, ...] = ()                          # all right answers, where there are several
 
 
 class Scenes(Dataset):
@@ -424,13 +655,49 @@ def parse_record(record, folder: Path, name: str) -> tuple[list[list[Path]], lis
 
 
 def parse_caption(record, folder: Path, name: str) -> tuple[list[list[Path]], list[tuple[str, str]]]:
-    """One annotation of MiniGPT-4's layout -> the path of its image, and its caption as a turn. Raises BadRecord."""
+    """An image and its captions -> the path of the image, and each caption as a turn. Raises BadRecord."""
     if not isinstance(record, dict) or not isinstance(record.get("image_id"), (str, int)):
         raise BadRecord(f"{name}: expected an object with 'image_id' and 'caption'")
-    caption = record.get("caption")
-    if not isinstance(caption, str) or not caption.strip() or "<image>" in caption:
-        raise BadRecord(f"{name}: 'caption' must be a text that is not empty and holds no <image>")
-    return [[existing(folder / f"{record['image_id']}.jpg", name)]], [("<image>", caption)]
+    captions = record.get("captions", [record.get("caption")])
+    for caption in captions:
+        if not isinstance(caption, str) or not caption.strip() or "<image>" in caption:
+            raise BadRecord(f"{name}: 'caption' must be a text that is not empty and holds no <image>")
+    file = folder / (record["image_id"] if "captions" in record else f"{record['image_id']}.jpg")
+    return [[existing(file, name)]], [("<image>", caption) for caption in captions]
+
+
+def read_captions(lines: list[str]) -> list[dict]:
+    """Lines `file<TAB>caption`, or `file,caption` under a headline, several for an image -> one record an image.
+    An end like "#3" of the file's name, the number of the caption, is dropped."""
+    rows = (line.split("\t", 1) for line in lines if line.strip())
+    if "\t" not in lines[0]:
+        rows = csv.reader(lines[lines[0].strip() == "image,caption":])
+    captions = defaultdict(list)
+    for file, *caption in rows:
+        captions[re.sub(r"#\d+$", "", file.strip())].append("".join(caption[:1]).strip())
+    return [{"image_id": file, "captions": texts} for file, texts in captions.items()]
+
+
+def read_records(path: Path) -> tuple[list, str]:
+    """The records of a file of one's own, not yet looked into, and its layout: "conversations", "annotations" or
+    "captions". Raises ValueError naming the file, and the line if it has one record a line."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix in (".txt", ".tsv"):
+            return read_captions(text.splitlines() or [""]), "captions"
+        if path.suffix == ".jsonl":
+            content = []
+            for number, line in enumerate(text.split("\n"), 1):
+                content += [json.loads(line)] if line.strip() else []
+        else:
+            content = json.loads(text)
+    except (ValueError, RecursionError, csv.Error) as error:
+        where = f" line {number}" if path.suffix == ".jsonl" and isinstance(error, json.JSONDecodeError) else ""
+        kind = "text" if path.suffix in (".txt", ".tsv") else "JSON"
+        raise ValueError(f"{path}{where}: not {kind} ({error})") from error
+    if isinstance(content, dict) and "annotations" in content:
+        return content["annotations"], "annotations"
+    return content, "conversations"
 
 
 MARKUP = re.compile(r"</?\w+[^<>]*>")
@@ -462,26 +729,46 @@ def clean_caption(caption: str, min_words: int) -> str:
     return text if len(WORD.findall(text)) >= min_words else ""
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode of Pillow as RGB, 8 bits a channel: more bits scaled down, what is transparent shown on white."""
+    if image.mode[0] in "IF":
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        highest = 65535 if image.mode.startswith("I;16") or values.max() > 255 else 255
+        highest = 1 if image.mode == "F" and values.max() <= 1 else highest
+        image = Image.fromarray((values.clip(0, highest) * (255 / highest)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def read_image(path: str | Path, name: str = "") -> Image.Image:
-    """The picture as RGB. Raises BadRecord when it is missing or broken."""
+    """The picture as RGB, turned as its EXIF data say. Raises BadRecord when it is missing, broken or larger than
+    Pillow's limit for what is no attack (89 million pixels)."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are too many")
+            return to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:                                # Pillow's readers raise many kinds
         raise BadRecord(f"{name + ': ' if name else ''}cannot read image {path} ({error})") from error
 
 
 class Conversations(Dataset):
-    """Pictures and text of your own, in one of two layouts.
+    """Pictures and text of your own, in one of three layouts.
 
-    LLaVA JSON: [{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}, ...]}]. "image" is a file
-    name, a list of them, or absent; a list in that list holds the frames of a clip. "<image>" stands anywhere in
-    the questions, once for each image or clip. Pictures are read when they are needed, from `folder`, by default
-    images/ beside the JSON or else its own folder.
+    LLaVA JSON: [{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}, ...]}], or JSONL, a record a
+    line. "image" is a file name, a list of them, or absent; a list in that list holds the frames of a clip. "<image>"
+    stands anywhere in the questions, once for each image or clip. Pictures are read when they are needed, from
+    `folder`, by default images/ beside the file or else its own folder.
 
     MiniGPT-4's `cc_sbu_align`, a folder: filter_cap.json, {"annotations": [{"image_id", "caption"}]}, and
     image/<image_id>.jpg. For "instruct" its captions are cleaned, see `clean_caption`, and answer an instruction
     drawn at random; `cleaned` counts those "kept" as they were, "mended" and "dropped".
+
+    Captions, a folder as of Flickr8k: captions.txt or captions.tsv, see `read_captions`, and the pictures in
+    Images/, images/ or image/ or beside it. Each caption is a sample, but all of a picture are on one side of `split`,
+    and for "test" they are the right answers (`references`) to one question.
 
     task "read" leaves the pictures out; "see" keeps only records with one.
     skip_bad: leave records out that cannot be used, listing why in `skipped`, instead of raising BadRecord.
@@ -491,19 +778,18 @@ class Conversations(Dataset):
     def __init__(self, path: str | Path, folder: str | Path | None = None, skip_bad: bool = False,
                  min_words: int = 5):
         path = Path(path)
-        path = path / "filter_cap.json" if path.is_dir() else path
+        if path.is_dir():
+            files = [path / name for name in ("filter_cap.json", "captions.txt", "captions.tsv")]
+            path = next((file for file in files if file.is_file()), path)
         if not path.is_file():
-            raise FileNotFoundError(f"no data file {path}")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not JSON ({error})") from error
-        self.captions = isinstance(content, dict) and "annotations" in content
-        records, parse = (content["annotations"], parse_caption) if self.captions else (content, parse_record)
+            raise FileNotFoundError(f"no data file {path}" if not path.is_dir() else
+                                    f"{path}: a folder needs filter_cap.json, captions.txt or captions.tsv")
+        records, self.layout = read_records(path)
+        parse = parse_record if self.layout == "conversations" else parse_caption
         if not isinstance(records, list) or not records:
             raise ValueError(f"{path}: expected a list of at least one record")
-        beside = path.parent / ("image" if self.captions else "images")
-        folder = Path(folder or (beside if beside.is_dir() else path.parent))
+        beside = [path.parent / name for name in ("images", "image", "Images") if (path.parent / name).is_dir()]
+        folder = Path(folder or (beside[0] if beside else path.parent))
         self.task, self.min_words, self.cleaned = "", min_words, Counter()
         self.records, self.skipped = [], []
         for i, record in enumerate(records):
@@ -536,18 +822,27 @@ class Conversations(Dataset):
         other.task = task
         if task == "see":
             other.records = [record for record in self.records if record[0]]
-        if task == "instruct" and self.captions:
-            other.records, other.cleaned = [], Counter(kept=0, mended=0, dropped=0)
-            for images, [(_, caption)], name in self.records:
-                clean = clean_caption(caption, self.min_words)
-                other.cleaned["dropped" if not clean else "kept" if clean == caption else "mended"] += 1
-                if clean:
-                    instruction = random.Random(name).choice(DESCRIBE)
-                    other.records.append((images, [(f"<image> {instruction}", clean)], name))
-            if not other.records:
-                raise ValueError(f"none of {len(self.records)} captions, the first of them {self.records[0][2]}, is left "
-                                 f"after cleaning: they need at least {self.min_words} words in whole sentences")
+        if self.layout == "annotations" and task in ("instruct", "test"):
+            other.clean()
+        if self.layout == "captions" and task != "test":      # each caption is a sample
+            other.records = [(images, [turn], name) for images, turns, name in self.records for turn in turns]
+        if self.layout != "conversations" and task in ("instruct", "test"):
+            instructions = DESCRIBE if self.layout == "annotations" else CAPTION
+            other.records = [(images, [(f"<image> {random.Random(name).choice(instructions)}", text)
+                                       for _, text in turns], name) for images, turns, name in other.records]
         return other
+
+    def clean(self) -> None:
+        """Mend or drop captions that are not fit to be imitated, and count them."""
+        records, self.records, self.cleaned = self.records, [], Counter(kept=0, mended=0, dropped=0)
+        for images, [(_, caption)], name in records:
+            clean = clean_caption(caption, self.min_words)
+            self.cleaned["dropped" if not clean else "kept" if clean == caption else "mended"] += 1
+            if clean:
+                self.records.append((images, [("<image>", clean)], name))
+        if not self.records:
+            raise ValueError(f"none of {len(records)} captions, the first of them {records[0][2]}, is left "
+                             f"after cleaning: they need at least {self.min_words} words in whole sentences")
 
     def __len__(self) -> int:
         return len(self.records)
@@ -556,8 +851,10 @@ class Conversations(Dataset):
         images, turns, name = self.records[i]
         if self.task == "read":
             return Sample([], [(question.replace("<image>", " "), answer) for question, answer in turns], name=name)
-        return Sample([read_image(frame, name) for clip in images for frame in clip], turns, name=name,
-                      frames=tuple(map(len, images)))
+        pictures, references = [read_image(frame, name) for clip in images for frame in clip], ()
+        if self.layout == "captions" and self.task == "test":
+            turns, references = turns[:1], tuple(answer for _, answer in turns)
+        return Sample(pictures, turns, name=name, frames=tuple(map(len, images)), references=references)
 
 
 # ---- From a sample to ids and labels --------------------------------------------------------------
@@ -578,28 +875,34 @@ def encode_turns(tokenizer: Tokenizer, turns: list[tuple[str, str | None]], n_ro
         <s>###Human: <Img>(n_rows placeholders)</Img> What color is the circle?###Assistant: red###
 
     Labels are the ids on each answer and the ### that ends it, and -100 everywhere else. An answer of None
-    ends the ids where the model is to go on. What is longer than max_len is cut at the end. The k-th "<image>"
+    ends the ids where the model is to go on. Published vocabularies write the marks in their own words, and end an
+    answer with their own end symbol. What is longer than max_len is cut at the end. The k-th "<image>"
     gets n_rows placeholders, a clip of frames[k] frames so many times n_rows.
     Raises ValueError when the cut would take image rows or leave nothing to learn.
     """
-    ids, labels = [START], [NOT_LEARNED]
+    ids, labels = [], []
     lengths = iter(frames or [1] * sum(question.count("<image>") for question, _ in turns))
 
     def add(tokens: list[int], learned: bool = False) -> None:
         ids.extend(tokens)
         labels.extend(tokens if learned else [NOT_LEARNED] * len(tokens))
 
-    for turn, (question, answer) in enumerate(turns):
-        add([END, HUMAN] if turn == 0 else [HUMAN])
+    def add_text(text: str, end: list[int] = [], learned: bool = False) -> None:
+        add(tokenizer.encode(tokenizer.space + text.strip(), plain=True) + end, learned)
+
+    add(tokenizer.start)
+    for question, answer in turns:
+        ended = ids[-1:] == tokenizer.human[:1]               # ### ends an answer and begins the next turn in one
+        add(tokenizer.human[ended:])
         for i, text in enumerate(question.split("<image>")):
             if i:
-                add([IMAGE_OPEN] + [IMAGE] * (n_rows * next(lengths)) + [IMAGE_CLOSE])
+                add(tokenizer.image_open + [tokenizer.image] * (n_rows * next(lengths)) + tokenizer.image_close)
             if text.strip():
-                add(tokenizer.encode(" " + text.strip()))
-        add([END, ASSISTANT])
+                add_text(text)
+        add(tokenizer.assistant)
         if answer is not None:
-            add(tokenizer.encode(" " + answer.strip()) + [END], learned=True)
-    if IMAGE in ids[max_len:]:
+            add_text(answer, [tokenizer.end], learned=True)
+    if tokenizer.image in ids[max_len:]:
         raise ValueError(f"{name}: {len(ids)} tokens are cut at max_len {max_len} in front of an image; "
                          "raise max_len or shorten the text")
     if turns[-1][1] is not None and all(label == NOT_LEARNED for label in labels[:max_len]):
@@ -607,13 +910,25 @@ def encode_turns(tokenizer: Tokenizer, turns: list[tuple[str, str | None]], n_ro
     return ids[:max_len], labels[:max_len]
 
 
-def to_pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """A picture of any size and mode -> (3, height, width) float32 in [-1, 1], squashed to size."""
+HALF = (0.5, 0.5, 0.5)
+
+
+def to_pixels(image: Image.Image, size: tuple[int, int], fit: str = "squash", mean: tuple[float, ...] = HALF,
+              std: tuple[float, ...] = HALF) -> Tensor:
+    """A picture -> (3, height, width) float32, (value - mean) / std of values in [0, 1]; by default in [-1, 1].
+
+    fit: "squash" changes the picture's shape to that of size; "pad" keeps it, between bars of the mean colour.
+    """
     height, width = size
     image = image.convert("RGB")
-    if image.size != (width, height):
+    if fit == "pad":
+        bars = tuple(round(255 * value) for value in mean)
+        image = ImageOps.pad(image, (width, height), Image.Resampling.BICUBIC, bars)
+    elif image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    return pixels * (0.5 / std) + (0.5 - mean) / std
 
 
 @dataclass(frozen=True)
@@ -623,10 +938,14 @@ class Collate:
     n_rows: int
     image_size: tuple[int, int]                               # height, width
     max_len: int
+    fit: str = "squash"                                       # this and the next two: see `to_pixels`
+    mean: tuple[float, ...] = HALF
+    std: tuple[float, ...] = HALF
 
     def images(self, samples: list[Sample]) -> Tensor:
         """All images of all samples, in order: (N, 3, height, width)."""
-        pixels = [to_pixels(image, self.image_size) for sample in samples for image in sample.images]
+        pixels = [to_pixels(image, self.image_size, self.fit, self.mean, self.std)
+                  for sample in samples for image in sample.images]
         return torch.stack(pixels) if pixels else torch.zeros(0, 3, *self.image_size)
 
     def conversations(self, samples: list[Sample]) -> dict[str, Tensor]:
@@ -634,19 +953,23 @@ class Collate:
         encoded = [encode_turns(self.tokenizer, sample.turns, self.n_rows, self.max_len, sample.name,
                                 sample.frames) for sample in samples]
         ids, labels = ([torch.tensor(row) for row in rows] for rows in zip(*encoded))
-        return {"input_ids": pad_sequence(ids, batch_first=True, padding_value=PAD),
+        return {"input_ids": pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad),
                 "images": self.images(samples),
                 "labels": pad_sequence(labels, batch_first=True, padding_value=NOT_LEARNED)}
 
     def pairs(self, samples: list[Sample]) -> dict[str, Tensor]:
-        """{"images" (B, 3, height, width), "text" (B, T)}: each first image and what is said about it, for the
-        Q-Former's losses. Text is <s>, the words, ###."""
-        texts = [" ".join(f"{question.replace('<image>', ' ').strip()} {answer}".strip()
-                          for question, answer in sample.turns) for sample in samples]
-        ids = [torch.tensor([START] + self.tokenizer.encode(" " + text)[:self.max_len - 2] + [END])
-               for text in texts]
-        images = [to_pixels(sample.images[0], self.image_size) for sample in samples]
-        return {"images": torch.stack(images), "text": pad_sequence(ids, batch_first=True, padding_value=PAD)}
+        """{"images" (B, 3, height, width), "text" (B, T), "to_generate" (B, T)}: each first image and what is said
+        about it, for the Q-Former's losses. Text begins with <s>, the token that sums it up, or with <dec>, the sign
+        that it is to be generated, and ends with ###."""
+        mark, texts = self.tokenizer, []
+        for sample in samples:
+            text = " ".join(f"{question.replace('<image>', ' ').strip()} {answer}".strip()
+                            for question, answer in sample.turns)
+            ids = mark.encode(mark.space + text, plain=True)[:self.max_len - 2]
+            texts.append(torch.tensor([mark.summary] + ids + [mark.end]))
+        text = pad_sequence(texts, batch_first=True, padding_value=mark.pad)
+        return {"images": self.images([replace(sample, images=sample.images[:1]) for sample in samples]), "text": text,
+                "to_generate": torch.cat([torch.full_like(text[:, :1], mark.dec), text[:, 1:]], dim=1)}
 
 
 # ---- Pictures for people --------------------------------------------------------------------------

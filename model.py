@@ -18,7 +18,8 @@ V vocabulary, L longest cached sequence.
 """
 import types
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from plora import PLoRALinear
-from qformer import QFormer, attend
+from qformer import QFormer, attend, fill, read_pretrained, sizes
 
 
 # ---- ViT: an image as a sequence of patches -------------------------------------------------------
@@ -62,10 +63,10 @@ class ViTBlock(nn.Module):
     """Pre-LN transformer block without a mask: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, dim: int, n_heads: int, mlp_dim: int, qkv_bias: bool, activation: str,
-                 drop_path_rate: float):
+                 drop_path_rate: float, norm_eps: float = 1e-6):
         super().__init__()
         self.n_heads = n_heads
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.norm1, self.norm2 = nn.LayerNorm(dim, norm_eps), nn.LayerNorm(dim, norm_eps)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.out_proj = nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, mlp_dim), ACTIVATIONS[activation](),
@@ -90,13 +91,13 @@ class ViT(nn.Module):
     ViT(224, 14, 1024, 24, 16, pre_norm=True, activation="quick_gelu").
 
     Raises ValueError when sizes are no multiple of patch_size or dim does not divide into heads.
-    Source: arXiv 2010.11929, section 3.1. Differs: no final norm, the model's `ln_vision` is that.
+    Source: arXiv 2010.11929, section 3.1. Differs: no final norm unless post_norm, the model's `ln_vision` is that.
     """
 
     def __init__(self, image_size: int | tuple[int, int], patch_size: int, dim: int, n_layers: int,
                  n_heads: int, mlp_ratio: float = 4.0, class_token: bool = True, qkv_bias: bool = True,
-                 pre_norm: bool = False, activation: str = "gelu", drop_path_rate: float = 0.0,
-                 use_grad_checkpoint: bool = False):
+                 pre_norm: bool = False, post_norm: bool = False, activation: str = "gelu", norm_eps: float = 1e-6,
+                 drop_path_rate: float = 0.0, use_grad_checkpoint: bool = False):
         super().__init__()
         if dim % n_heads:
             raise ValueError(f"dim must be a multiple of n_heads, got dim {dim} and n_heads {n_heads}")
@@ -107,10 +108,11 @@ class ViT(nn.Module):
         self.class_token = nn.Parameter(torch.empty(1, 1, dim)) if class_token else None
         n_positions = self.grid[0] * self.grid[1] + class_token
         self.position_embedding = nn.Parameter(torch.empty(1, n_positions, dim))
-        self.pre_norm = nn.LayerNorm(dim) if pre_norm else nn.Identity()
+        self.pre_norm = nn.LayerNorm(dim, norm_eps) if pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(
-            ViTBlock(dim, n_heads, int(dim * mlp_ratio), qkv_bias, activation,
-                     drop_path_rate * i / max(n_layers - 1, 1)) for i in range(n_layers))
+            ViTBlock(dim, n_heads, round(dim * mlp_ratio), qkv_bias, activation,
+                     drop_path_rate * i / max(n_layers - 1, 1), norm_eps) for i in range(n_layers))
+        self.post_norm = nn.LayerNorm(dim, norm_eps) if post_norm else nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -159,7 +161,55 @@ class ViT(nn.Module):
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
-        return x
+        return self.post_norm(x)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, drop_last: int = 0, **options) -> "ViT":
+        """CLIP's vision tower (a folder like `openai/clip-vit-large-patch14`) or that of BLIP-2, EVA-CLIP's ViT-g/14
+        (`Salesforce/blip2-opt-2.7b`). It expects pixels less the mean, over the standard deviation, of `PIXELS`.
+
+        drop_last: how many of the last blocks are left out; LLaVA and XComposer2 leave one of CLIP's out. options: see
+        the constructor. Raises FileNotFoundError, or ValueError naming what does not fit.
+        """
+        config, weights = read_pretrained(folder)
+        model = cls(**vit_options(config) | options)
+        is_clip = "clip" in config["model_type"]
+        fill(model, weights, CLIP_NAMES if is_clip else EVA_NAMES, ignored=VIT_IGNORED + "|post_layernorm" * is_clip)
+        model.blocks = model.blocks[:len(model.blocks) - drop_last]
+        return model
+
+
+# Published vision towers: what is built for them, and what theirs is called there.
+PIXELS = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+VIT_IGNORED = r".*position_ids|text_|visual_projection|logit_scale|qformer\.|query_tokens|language_"
+EVA_NAMES = {"class_token": "embeddings.class_embedding", "patch_embedding": "embeddings.patch_embedding",
+             "position_embedding": "embeddings.position_embedding", "post_norm": "post_layernorm",
+             "blocks.*.norm1": "encoder.layers.*.layer_norm1", "blocks.*.norm2": "encoder.layers.*.layer_norm2",
+             "blocks.*.qkv": "encoder.layers.*.self_attn.qkv", "blocks.*.out_proj": "encoder.layers.*.self_attn.projection",
+             "blocks.*.mlp.0": "encoder.layers.*.mlp.fc1", "blocks.*.mlp.2": "encoder.layers.*.mlp.fc2"}
+CLIP_NAMES = EVA_NAMES | {
+    "position_embedding": "embeddings.position_embedding.weight", "pre_norm": "pre_layrnorm",
+    "blocks.*.qkv": " ".join(f"encoder.layers.*.self_attn.{part}_proj" for part in "qkv"),
+    "blocks.*.out_proj": "encoder.layers.*.self_attn.out_proj"}
+
+
+def vit_options(config: dict) -> dict:
+    """What `ViT` must be built with to take the weights beside this config.json."""
+    kind = config.get("model_type")
+    if kind in ("clip", "clip_vision_model"):
+        default, options = (224, 32, 768, 12, 12, 3072, "quick_gelu", 1e-5), {"pre_norm": True}
+    elif kind in ("blip-2", "blip_2_vision_model"):
+        default, options = (224, 14, 1408, 39, 16, 6144, "gelu", 1e-6), {"post_norm": True}
+    else:
+        raise ValueError(f"a ViT can take weights of the model types 'clip' and 'blip-2', not of {kind!r}")
+    keys = {"image_size": "image_size", "patch_size": "patch_size", "dim": "hidden_size", "n_layers": "num_hidden_layers",
+            "n_heads": "num_attention_heads", "mlp_ratio": "intermediate_size", "activation": "hidden_act",
+            "norm_eps": "layer_norm_eps"}
+    options |= sizes(config.get("vision_config") or config, dict(zip(keys, zip(keys.values(), default))))
+    options["mlp_ratio"] /= options["dim"]
+    if options["activation"] not in ACTIVATIONS:
+        raise ValueError(f"config.json: unknown activation {options['activation']!r}")
+    return options
 
 
 # ---- What stands in the Q-Former's place where there is none --------------------------------------
@@ -245,12 +295,12 @@ class GPTAttention(nn.Module):
     `wqkv` holds all query heads, then all key heads, then all value heads. Source: arXiv 2305.13245.
     """
 
-    def __init__(self, dim: int, n_heads: int, n_kv_heads: int, qkv_bias: bool, **lora):
+    def __init__(self, dim: int, n_heads: int, n_kv_heads: int, qkv_bias: bool, wo_bias: bool = False, **lora):
         super().__init__()
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
         self.head_dim = dim // n_heads
         self.wqkv = PLoRALinear(dim, (n_heads + 2 * n_kv_heads) * self.head_dim, bias=qkv_bias, **lora)
-        self.wo = PLoRALinear(dim, dim, **lora)
+        self.wo = PLoRALinear(dim, dim, bias=wo_bias, **lora)
 
     @torch.no_grad()
     def match_alike(self) -> None:
@@ -320,14 +370,14 @@ class GPT(nn.Module):
 
     def __init__(self, vocab_size: int, dim: int, n_layers: int, n_heads: int, n_kv_heads: int | None = None,
                  ffn_dim: int | None = None, rope_theta: float = 10_000.0, norm_eps: float = 1e-5,
-                 qkv_bias: bool = False, tied: bool = False, r: int = 256, alpha: float = 256,
+                 qkv_bias: bool = False, wo_bias: bool = False, tied: bool = False, r: int = 256, alpha: float = 256,
                  lora_dropout: float = 0.05):
         super().__init__()
         n_kv_heads = n_kv_heads or n_heads
         if dim % n_heads or n_heads % n_kv_heads or dim // n_heads % 2:
             raise ValueError(f"dim {dim} must give n_heads {n_heads} an even width each, and n_heads must be "
                              f"a multiple of n_kv_heads {n_kv_heads}")
-        attention = dict(n_heads=n_heads, n_kv_heads=n_kv_heads, qkv_bias=qkv_bias)
+        attention = dict(n_heads=n_heads, n_kv_heads=n_kv_heads, qkv_bias=qkv_bias, wo_bias=wo_bias)
         lora = dict(r=r, alpha=alpha, dropout=lora_dropout)
         self.head_dim, self.rope_theta = dim // n_heads, rope_theta
         self.token_embedding = nn.Embedding(vocab_size, dim)
@@ -380,6 +430,73 @@ class GPT(nn.Module):
             x = block(x, positions, rope, is_image, cache[i] if cache is not None else None)
         return self.lm_head(self.norm(x))
 
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options) -> "GPT":
+        """A language model of the LLaMA family (SmolLM2, TinyLlama, Vicuna), Qwen2 or InternLM2, with fresh adapters.
+
+        options: those of the constructor, over the sizes of the file. Raises FileNotFoundError, or ValueError naming
+        what does not fit.
+        """
+        config, weights = read_pretrained(folder)
+        model = cls(**gpt_options(config) | options)
+        names = LLAMA_NAMES
+        if config["model_type"] == "internlm2":
+            names, attention = INTERNLM2_NAMES, model.blocks[0].attention
+            for name in weights:
+                if ".wqkv." in name:
+                    weights[name] = ungroup(weights[name], attention.n_kv_heads, attention.head_dim)
+        tied = model.lm_head.weight is model.token_embedding.weight
+        fill(model, weights, names, ignored=r".*rotary_emb" + "|lm_head|output" * tied, fresh=".*lora_")
+        return model
+
+
+# Published language models. InternLM2 puts each key/value head behind the query heads that share it.
+LLAMA_NAMES = {"token_embedding": "embed_tokens", "norm": "norm", "lm_head": "lm_head",
+               "blocks.*.attention_norm": "layers.*.input_layernorm",
+               "blocks.*.ffn_norm": "layers.*.post_attention_layernorm",
+               "blocks.*.attention.wqkv": " ".join(f"layers.*.self_attn.{part}_proj" for part in "qkv"),
+               "blocks.*.attention.wo": "layers.*.self_attn.o_proj", "blocks.*.w1": "layers.*.mlp.gate_proj",
+               "blocks.*.w2": "layers.*.mlp.down_proj", "blocks.*.w3": "layers.*.mlp.up_proj"}
+INTERNLM2_NAMES = {"token_embedding": "tok_embeddings", "norm": "norm", "lm_head": "output",
+                   "blocks.*.attention_norm": "layers.*.attention_norm", "blocks.*.ffn_norm": "layers.*.ffn_norm",
+                   "blocks.*.attention.wqkv": "layers.*.attention.wqkv",
+                   "blocks.*.attention.wo": "layers.*.attention.wo", "blocks.*.w1": "layers.*.feed_forward.w1",
+                   "blocks.*.w2": "layers.*.feed_forward.w2", "blocks.*.w3": "layers.*.feed_forward.w3"}
+
+
+def ungroup(wqkv: Tensor, n_kv_heads: int, head_dim: int) -> Tensor:
+    """Rows in the order q q k v, q q k v, ... -> all query heads, all key heads, all value heads."""
+    if len(wqkv) % (n_kv_heads * head_dim):
+        return wqkv                                           # `fill` will say that it does not fit
+    groups = wqkv.unflatten(0, (n_kv_heads, -1, head_dim))    # (Hkv, H / Hkv + 2, Dh, ...)
+    return torch.cat([groups[:, :-2].flatten(0, 2), groups[:, -2].flatten(0, 1), groups[:, -1].flatten(0, 1)])
+
+
+def gpt_options(config: dict) -> dict:
+    """What `GPT` must be built with to take the weights beside this config.json."""
+    kind = config.get("model_type")
+    if kind not in ("llama", "qwen2", "internlm2"):
+        raise ValueError(f"a GPT can take weights of the model types 'llama', 'qwen2' and 'internlm2', not of {kind!r}")
+    options = sizes(config, {
+        "vocab_size": ("vocab_size", {"llama": 32000, "qwen2": 151936, "internlm2": 103168}[kind]),
+        "dim": ("hidden_size", 4096), "n_layers": ("num_hidden_layers", 32), "n_heads": ("num_attention_heads", 32),
+        "n_kv_heads": ("num_key_value_heads", config.get("num_attention_heads") or 32),
+        "ffn_dim": ("intermediate_size", 22016 if kind == "qwen2" else 11008), "norm_eps": ("rms_norm_eps", 1e-6),
+        "tied": ("tie_word_embeddings", False),
+        "wo_bias": ("bias", True) if kind == "internlm2" else ("attention_bias", False)})
+    options["qkv_bias"] = options["wo_bias"] or kind == "qwen2"
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    options |= sizes(config | rope, {"rope_theta": ("rope_theta", 10_000.0)})
+    # "dynamic" changes nothing up to the length that the model was trained with.
+    for key, value, known in (("rope_type", rope.get("rope_type", rope.get("type", "default")), ("default", "dynamic")),
+                              ("hidden_act", config.get("hidden_act", "silu"), ("silu",)),
+                              ("use_sliding_window", bool(config.get("use_sliding_window")), (False,)),
+                              ("head_dim", config.get("head_dim") or options["dim"] // options["n_heads"],
+                               (options["dim"] // options["n_heads"],))):
+        if value not in known:
+            raise ValueError(f"config.json: {key} {value!r} is not known here, only {known}")
+    return options
+
 
 # ---- The whole ------------------------------------------------------------------------------------
 
@@ -419,6 +536,12 @@ class ModelConfig:
     max_len: int = 512                   # longest prompt + answer, in tokens, image rows included
     pad_id: int = 0
     image_id: int = 1                    # the placeholder that image rows take the place of
+    fit: str = "squash"                  # this and the next two: how a picture becomes pixels, see `data.to_pixels`
+    pixel_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    pixel_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    vit_options: dict = field(default_factory=dict)           # what published parts need beside the above
+    qformer_options: dict = field(default_factory=dict)
+    decoder_options: dict = field(default_factory=dict)
 
     @property
     def n_patches(self) -> int:
@@ -479,9 +602,12 @@ def pick_token(logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: 
 
 
 class MLLM(nn.Module):
-    """ViT, Q-Former, projector and decoder in one. See the picture at the top of this file."""
+    """ViT, Q-Former, projector and decoder in one. See the picture at the top of this file.
 
-    def __init__(self, config: ModelConfig):
+    parts: a ready `vit`, `qformer` or `decoder` to take in the place of a new one, see their `from_pretrained`.
+    """
+
+    def __init__(self, config: ModelConfig, **parts: nn.Module):
         super().__init__()
         self.config = c = config
         if c.text_branch and c.qformer_drop_last >= c.qformer_layers:
@@ -490,25 +616,30 @@ class MLLM(nn.Module):
             raise ValueError(f"unknown connector {c.connector!r}: use one of {', '.join(CONNECTORS)}")
         if c.lora_on not in ADAPTED:
             raise ValueError(f"unknown lora_on {c.lora_on!r}: use one of {', '.join(ADAPTED)}")
-        self.vit = ViT(c.image_size, c.patch_size, c.vit_dim, c.vit_layers, c.vit_heads,
-                       drop_path_rate=c.drop_path_rate, use_grad_checkpoint=c.use_grad_checkpoint)
-        self.ln_vision = nn.LayerNorm(c.vit_dim)
         if c.connector in MERGED:
-            self.qformer = PatchMerge(MERGED[c.connector])
-        else:
-            self.qformer = QFormer(c.qformer_dim, c.qformer_layers, c.qformer_heads, c.n_queries, c.vit_dim,
-                                   dropout=c.qformer_dropout, vocab_size=c.vocab_size if c.text_branch else 0,
-                                   max_text_len=c.max_len, pad_id=c.pad_id)
+            parts["qformer"] = PatchMerge(MERGED[c.connector])
+        self.vit = parts.get("vit") or ViT(c.image_size, c.patch_size, c.vit_dim, c.vit_layers, c.vit_heads,
+                                           drop_path_rate=c.drop_path_rate, use_grad_checkpoint=c.use_grad_checkpoint,
+                                           **c.vit_options)
+        self.ln_vision = nn.Identity() if c.vit_options.get("post_norm") else nn.LayerNorm(c.vit_dim)
+        self.qformer = parts.get("qformer") or QFormer(
+            c.qformer_dim, c.qformer_layers, c.qformer_heads, c.n_queries, c.vit_dim, dropout=c.qformer_dropout,
+            vocab_size=c.vocab_size if c.text_branch else 0, pad_id=c.pad_id,
+            **{"max_text_len": c.max_len} | c.qformer_options)
         self.projector = make_projector(c.projector, c.row_dim, c.dim, c.projector_hidden_dim,
                                         c.projector_activation, c.projector_norm)
-        self.decoder = GPT(c.vocab_size, c.dim, c.n_layers, c.n_heads, c.n_kv_heads, rope_theta=c.rope_theta,
-                           qkv_bias=c.qkv_bias, r=c.r, alpha=c.alpha, lora_dropout=c.lora_dropout)
-        self.reset_parameters()
+        self.decoder = parts.get("decoder") or GPT(
+            dim=c.dim, n_layers=c.n_layers, n_heads=c.n_heads, n_kv_heads=c.n_kv_heads, rope_theta=c.rope_theta,
+            qkv_bias=c.qkv_bias, r=c.r, alpha=c.alpha, lora_dropout=c.lora_dropout,
+            **{"vocab_size": c.vocab_size} | c.decoder_options)
+        self.reset_parameters(keep=tuple(parts))
 
-    def reset_parameters(self) -> None:
-        """Initialise every parameter anew."""
-        self.ln_vision.reset_parameters()
-        for module in (self.vit, self.qformer, self.decoder, *self.projector):
+    def reset_parameters(self, keep: tuple[str, ...] = ()) -> None:
+        """Initialise every parameter anew, but for those of the parts to keep."""
+        for name in ("ln_vision", "vit", "qformer", "decoder"):
+            if name not in keep and hasattr(part := getattr(self, name), "reset_parameters"):
+                part.reset_parameters()
+        for module in self.projector:
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
 
@@ -586,7 +717,8 @@ class MLLM(nn.Module):
         if found != n_images * Q:
             raise ValueError(f"got {n_images} images, {n_images * Q} rows at {Q} each, but the text has {found} "
                              f"placeholders, room for {found / Q:g} images")
-        x = self.decoder.token_embedding(input_ids)                               # (B, T, D)
+        known = self.decoder.token_embedding.num_embeddings - 1                   # nothing reads what is beyond:
+        x = self.decoder.token_embedding(input_ids.clamp(max=known))              # (B, T, D) placeholders, padding
         is_adapted = ADAPTED[self.config.lora_on](is_image, images is not None)
         if images is None:
             return x, is_adapted
@@ -623,7 +755,7 @@ class MLLM(nn.Module):
         `pick_token`. The model should be in eval mode. Raises ValueError when prompt and answer would not
         fit in max_len.
         """
-        device = self.ln_vision.weight.device
+        device = self.decoder.norm.weight.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         T, limit = int(lengths.max()), self.config.max_len
         if T + max_new_tokens > limit:

@@ -26,6 +26,12 @@ Left out on purpose: momentum queues, gathering ITC negatives across devices, BE
 
 B batch, P patches, Q queries, T text tokens, S = Q + T, H heads, Dv vision width, Dq width, V vocabulary.
 """
+import json
+import math
+import mmap
+import re
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -97,17 +103,18 @@ class QFormerBlock(nn.Module):
     Post-LN as in BERT: every sublayer ends in `norm(x + dropout(sublayer(x)))`.
     """
 
-    def __init__(self, dim: int, n_heads: int, ffn_dim: int, dropout: float, encoder_width: int | None):
+    def __init__(self, dim: int, n_heads: int, ffn_dim: int, dropout: float, encoder_width: int | None,
+                 norm_eps: float = 1e-5):
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         self.self_attention = Attention(dim, n_heads, dim, dropout)
-        self.self_attention_norm = nn.LayerNorm(dim)
+        self.self_attention_norm = nn.LayerNorm(dim, norm_eps)
         self.cross_attention = None
         if encoder_width is not None:
             self.cross_attention = Attention(dim, n_heads, encoder_width, dropout)
-            self.cross_attention_norm = nn.LayerNorm(dim)
-        self.query_ffn, self.query_ffn_norm = FeedForward(dim, ffn_dim), nn.LayerNorm(dim)
-        self.text_ffn, self.text_ffn_norm = FeedForward(dim, ffn_dim), nn.LayerNorm(dim)
+            self.cross_attention_norm = nn.LayerNorm(dim, norm_eps)
+        self.query_ffn, self.query_ffn_norm = FeedForward(dim, ffn_dim), nn.LayerNorm(dim, norm_eps)
+        self.text_ffn, self.text_ffn_norm = FeedForward(dim, ffn_dim), nn.LayerNorm(dim, norm_eps)
 
     def forward(self, x: Tensor, n_queries: int, image_features: Tensor | None,
                 mask: Tensor | None) -> Tensor:
@@ -137,16 +144,17 @@ class QFormer(nn.Module):
 
     def __init__(self, dim: int, n_layers: int, n_heads: int, n_queries: int, encoder_width: int,
                  cross_attention_every: int = 2, ffn_dim: int | None = None, dropout: float = 0.1,
-                 vocab_size: int = 0, max_text_len: int = 512, itc_dim: int = 256, pad_id: int = 0):
+                 vocab_size: int = 0, max_text_len: int = 512, itc_dim: int = 256, pad_id: int = 0,
+                 norm_eps: float = 1e-5):
         super().__init__()
         if dim % n_heads:
             raise ValueError(f"dim must be a multiple of n_heads, got dim {dim} and n_heads {n_heads}")
         self.n_queries, self.pad_id = n_queries, pad_id
         self.query_tokens = nn.Parameter(torch.empty(1, n_queries, dim))
-        self.embedding_norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
+        self.embedding_norm, self.dropout = nn.LayerNorm(dim, norm_eps), nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
             QFormerBlock(dim, n_heads, ffn_dim or 4 * dim, dropout,
-                         encoder_width if i % cross_attention_every == 0 else None)
+                         encoder_width if i % cross_attention_every == 0 else None, norm_eps)
             for i in range(n_layers))
 
         self.has_text_branch = vocab_size > 0
@@ -157,7 +165,7 @@ class QFormer(nn.Module):
             self.itc_text = nn.Linear(dim, itc_dim)
             self.temperature = nn.Parameter(torch.empty(()))
             self.itm_head = nn.Linear(dim, 2)
-            self.lm_head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim),
+            self.lm_head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim, norm_eps),
                                          nn.Linear(dim, vocab_size))
             self.lm_head[-1].weight = self.word_embedding.weight                  # tied, as in BERT
         else:
@@ -181,6 +189,22 @@ class QFormer(nn.Module):
             for embedding in (self.word_embedding, self.position_embedding):    # the head shares the words'
                 nn.init.normal_(embedding.weight, std=0.02)
             nn.init.constant_(self.temperature, 0.07)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options) -> "QFormer":
+        """The queries of BLIP-2 (a folder like `Salesforce/blip2-opt-2.7b`, no text branch), or a start from BERT
+        (`bert-base-uncased`) with both feed-forward networks its own and fresh queries and cross-attention.
+
+        options: those of the constructor, over the sizes of the file. A vocab_size other than BERT's leaves the words
+        fresh, 0 leaves the text branch out. Raises FileNotFoundError, or ValueError naming what does not fit.
+        """
+        config, weights = read_pretrained(folder)
+        model = cls(**qformer_options(config) | options)
+        if config["model_type"] == "bert":
+            fill_from_bert(model, weights)
+        else:
+            fill(model, weights, BLIP2_NAMES, ignored="embeddings|encoder|post_layernorm|language_")
+        return model
 
     def drop_text_branch(self) -> None:
         """Remove all that image queries do not pass through (arXiv 2304.10592 uses the rest, frozen)."""
@@ -283,3 +307,181 @@ class QFormer(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1).float(), text[:, 1:].flatten(),
                                ignore_index=self.pad_id)
         return loss, x[:, :self.n_queries]
+
+
+# ---- Weights published by others: not needed to understand the model ------------------------------
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file: eight bytes that hold the length of a JSON header; the header, which holds
+    dtype, shape and place of each tensor; their bytes. These are mapped into memory, so that only what is used is read.
+
+    Raises ValueError when header and file do not fit each other to the byte.
+    """
+    with open(path, "rb") as file:
+        size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
+        if 8 + length > size:
+            raise ValueError(f"{path}: a header of {length} bytes in a file of {size}")
+        try:
+            header, tensors, end = json.loads(file.read(length)), {}, 8 + length
+            header.pop("__metadata__", None)
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+                count = math.prod(shape)
+                start, stop = 8 + length + start, 8 + length + stop
+                if start != end or stop > size or stop - start != count * dtype.itemsize or min([0, *shape]) < 0:
+                    raise ValueError(f"{name!r}, {entry['dtype']} {shape}, cannot lie in bytes {start} to {stop} of {size}")
+                flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start) if count else torch.empty(0)
+                tensors[name], end = flat.to(dtype).view(shape), stop
+            if end != size:
+                raise ValueError(f"{size - end} bytes belong to no tensor")
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"{path}: not a whole .safetensors file ({type(error).__name__}: {error})") from error
+    return tensors
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def read_bin(path: Path) -> dict[str, Tensor]:
+    """The tensors that `torch.save` wrote. Runs no code from the file."""
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                                # unpickling raises many kinds
+        raise ValueError(f"{path}: not weights that can be read safely ({str(error).splitlines()[:1]})") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"{path}: expected a dictionary of tensors")
+    return weights
+
+
+def read_pretrained(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
+    """config.json and the tensors of a downloaded Hugging Face model folder, from one file or several.
+
+    Of their names, "model.", "bert." and "vision_model." are dropped, with which only some files begin them.
+    Raises FileNotFoundError, or ValueError naming the file.
+    """
+    folder = Path(folder)
+    kinds = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    found = [kind for kind in kinds if (folder / kind).is_file()]
+    if not found or not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: expected config.json and one of {', '.join(kinds)}")
+    files, place, tensors = found[:1], {}, {}
+    if found[0].endswith(".json"):
+        place = read_json(folder / found[0]).get("weight_map")
+        if not isinstance(place, dict) or not all(isinstance(file, str) and (folder / Path(file).name).is_file()
+                                                  for file in place.values()):
+            raise ValueError(f"{folder / found[0]}: 'weight_map' must name, for each tensor, a file that lies beside it")
+        files = sorted({Path(file).name for file in place.values()})
+    for file in files:
+        tensors |= (read_safetensors if file.endswith(".safetensors") else read_bin)(folder / file)
+    if lost := set(place) - set(tensors):
+        raise ValueError(f"{folder}: {min(lost)!r}, which {found[0]} lists, is in none of its files")
+    return read_json(folder / "config.json"), {re.sub(r"^(model|bert|vision_model)\.", "", name): value
+                                               for name, value in tensors.items()}
+
+
+def sizes(config: dict, wanted: dict[str, tuple]) -> dict:
+    """Constructor options from a config.json. wanted: for each its name in the file, and what it is if not there."""
+    options = {}
+    for name, (key, default) in wanted.items():
+        options[name] = value = default if config.get(key) is None else config[key]
+        if not isinstance(value, (int, float) if isinstance(default, float) else type(default)):
+            raise ValueError(f"config.json: {key} must be of type {type(default).__name__}, got {value!r}")
+    return options
+
+
+@torch.no_grad()
+def fill(module: nn.Module, weights: dict[str, Tensor], names: dict[str, str], ignored: str = "-", fresh: str = "-") -> None:
+    """Copy published weights into a module.
+
+    names: our names -> theirs, "*" for the number of a block, without the last part where it is the same ("weight",
+    "bias"); several of theirs, with a space between, go on top of each other. ignored, fresh: regular expressions for
+    the beginning of names, theirs and ours, that stay out.
+    Raises ValueError naming a parameter that is not filled or of another shape, or a tensor that is left over.
+    """
+    used = set()
+    for name, parameter in module.named_parameters():
+        if re.match(fresh, name):
+            continue
+        number = re.findall(r"blocks\.(\d+)", name)
+        general = re.sub(r"blocks\.\d+", "blocks.*", name)
+        stem, _, last = general.rpartition(".")
+        theirs = names[general].split() if general in names else [f"{key}.{last}" for key in names.get(stem, "?").split()]
+        theirs = [key.replace("*", *number) if number else key for key in theirs]
+        if missing := [key for key in theirs if key not in weights]:
+            raise ValueError(f"{name} of {type(module).__name__} is not filled: there is no {missing[0]!r}")
+        parts = [weights[key] for key in theirs]
+        shapes = [tuple(part.shape) for part in parts]
+        fits = all(part.shape[1:] == parts[0].shape[1:] for part in parts[1:])
+        value = torch.cat(parts) if len(parts) > 1 and fits else parts[0]
+        while value.ndim < parameter.ndim:
+            value = value[None]
+        if not fits or value.shape != parameter.shape:
+            raise ValueError(f"{name} of {type(module).__name__} has shape {tuple(parameter.shape)}, but "
+                             f"{' + '.join(theirs)} has {' + '.join(map(str, shapes))}")
+        parameter.copy_(value)
+        used.update(theirs)
+    if left := [key for key in weights if key not in used and not re.match(ignored, key)]:
+        raise ValueError(f"{type(module).__name__} has no place for {left[0]!r} and {len(left) - 1} other tensors")
+
+
+def qformer_options(config: dict) -> dict:
+    """What `QFormer` must be built with to take the weights beside this config.json."""
+    wanted = {"dim": ("hidden_size", 768), "n_layers": ("num_hidden_layers", 12), "n_heads": ("num_attention_heads", 12),
+              "ffn_dim": ("intermediate_size", 3072), "norm_eps": ("layer_norm_eps", 1e-12)}
+    if config.get("model_type") == "bert":
+        options = sizes(config, wanted | {"vocab_size": ("vocab_size", 30522), "max_text_len": ("max_position_embeddings", 512)})
+        return options | {"n_queries": 32, "encoder_width": 1408}
+    if config.get("model_type") == "blip-2":
+        wanted |= {"encoder_width": ("encoder_hidden_size", 1408), "cross_attention_every": ("cross_attention_frequency", 2)}
+        return sizes(config.get("qformer_config", {}), wanted) | sizes(config, {"n_queries": ("num_query_tokens", 32)})
+    raise ValueError(f"a Q-Former can start from the model types 'blip-2' and 'bert', not {config.get('model_type')!r}")
+
+
+def qformer_names(layer: str, attention: str, query_ffn: str) -> dict[str, str]:
+    """The names in a block of BLIP-2 or BERT, which differ in how they call self-attention and a feed-forward network."""
+    names = {"blocks.*.query_ffn.0": f"{layer}.intermediate{query_ffn}.dense",
+             "blocks.*.query_ffn.2": f"{layer}.output{query_ffn}.dense",
+             "blocks.*.query_ffn_norm": f"{layer}.output{query_ffn}.LayerNorm"}
+    for ours, theirs, inner in (("self_attention", "attention", attention), ("cross_attention", "crossattention", "attention")):
+        for mine, its in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
+            names[f"blocks.*.{ours}.{mine}"] = f"{layer}.{theirs}.{inner}.{its}"
+        names[f"blocks.*.{ours}.out_proj"] = f"{layer}.{theirs}.output.dense"
+        names[f"blocks.*.{ours}_norm"] = f"{layer}.{theirs}.output.LayerNorm"
+    return names
+
+
+BLIP2_NAMES = {"query_tokens": "query_tokens", "embedding_norm": "qformer.layernorm",
+               **qformer_names("qformer.encoder.layer.*", "attention", "_query")}
+BERT_NAMES = {"embedding_norm": "embeddings.LayerNorm", "word_embedding": "embeddings.word_embeddings",
+              "position_embedding": "embeddings.position_embeddings", "lm_head.3.bias": "cls.predictions.bias",
+              "lm_head.0": "cls.predictions.transform.dense", "lm_head.2": "cls.predictions.transform.LayerNorm",
+              **qformer_names("encoder.layer.*", "self", "")}
+BERT_NAMES |= {name.replace("query_ffn", "text_ffn"): theirs for name, theirs in BERT_NAMES.items() if "query_ffn" in name}
+
+
+def fill_from_bert(model: QFormer, weights: dict[str, Tensor]) -> None:
+    weights = {re.sub("gamma$", "weight", re.sub("beta$", "bias", name)): value for name, value in weights.items()}
+    # To every token of a first segment, and there is no other here, BERT adds the same vector.
+    positions, segments = "embeddings.position_embeddings.weight", "embeddings.token_type_embeddings.weight"
+    if positions in weights and segments in weights:
+        weights[positions] = weights[positions].float() + weights.pop(segments)[0].float()
+    fresh, ignored = "query_tokens|.*cross_attention|itc_|itm_|temperature", "pooler|.*position_ids|cls.seq|cls.*decoder"
+    if not model.has_text_branch:
+        ignored += "|cls|embeddings.(word|position)"
+    elif len(model.word_embedding.weight) != len(weights.get("embeddings.word_embeddings.weight", ())):
+        fresh, ignored = fresh + "|word_embedding|lm_head.3", ignored + "|embeddings.word|cls.predictions.bias"
+    if not any(name.startswith("cls.predictions") for name in weights):
+        fresh += "|lm_head"
+    fill(model, weights, BERT_NAMES, ignored, fresh)

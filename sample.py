@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from data import (END, DESCRIBE, Sample, SceneSpec, Tokenizer, draw, encode_turns, random_things, read_image,
-                  to_pixels)
+from data import (DESCRIBE, Sample, SceneSpec, Tokenizer, draw, encode_turns, random_things, read_image, to_pixels)
 from model import MLLM
 
 
@@ -34,12 +33,13 @@ def stream(model: MLLM, tokenizer: Tokenizer, asked: Sample, max_new_tokens: int
 
     Raises ValueError when the conversation and its answer would not fit in the model.
     """
-    config, device = model.config, model.ln_vision.weight.device
+    config, device = model.config, model.decoder.norm.weight.device
     ids, _ = encode_turns(tokenizer, asked.turns, config.n_rows, max_len=10**9, frames=asked.frames)
-    pixels = torch.stack([to_pixels(image, config.image_size) for image in asked.images]).to(device)
+    pixels = torch.stack([to_pixels(image, config.image_size, config.fit, config.pixel_mean, config.pixel_std)
+                          for image in asked.images]).to(device)
     answer, shown = [], ""
-    for token in model.generate([torch.tensor(ids, device=device)], pixels, max_new_tokens, END, **sampling):
-        if token.item() == END:
+    for token in model.generate([torch.tensor(ids, device=device)], pixels, max_new_tokens, tokenizer.end, **sampling):
+        if token.item() == tokenizer.end:
             return
         answer.append(token.item())
         text = tokenizer.decode(answer).lstrip()

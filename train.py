@@ -6,8 +6,8 @@
     align      short, noisy captions      stage 1 of the papers
     instruct   questions, descriptions    stage 2 of the papers
 
-The papers start from downloaded parts; `read` and `see` (stage 0) make small stand-ins for them. Each stage
-starts from the weight file of the one before and writes its own, `out/<stage>.pt`. At the end the model is
+The papers start from downloaded parts; `read` and `see` (stage 0) make small stand-ins for those that are not given
+(`--vit`, `--qformer`, `--llm`). Each stage starts from the weight file of the one before and writes its own, `out/<stage>.pt`. At the end the model is
 questioned about pictures it never saw: `metrics.json`, `curves.png` and `samples.png` in `out/`.
 
     python train.py                           everything, with the preset of your device
@@ -15,6 +15,7 @@ questioned about pictures it never saw: `metrics.json`, `curves.png` and `sample
     python train.py --stage instruct          one stage, from out/align.pt
     python train.py --resume                  go on where an interrupted run stopped
     python train.py --data my.json            your own pictures and conversations, or a folder of captions
+    python train.py --download NAME           fetch a published model; then --vit, --qformer or --llm NAME
 
 Left out on purpose: several GPUs, exponential averages of weights, early stopping.
 """
@@ -23,7 +24,9 @@ import json
 import math
 import os
 import re
+import sys
 import time
+import urllib.request
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -34,9 +37,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from data import (DECODE, END, Collate, Conversations, Sample, SceneSpec, Scenes, Tokenizer, contact_sheet, corpus,
-                  encode_turns)
-from model import CONNECTORS, MLLM, PARTS, ModelConfig, part_of
+from data import Collate, Conversations, Sample, SceneSpec, Scenes, Tokenizer, contact_sheet, corpus, encode_turns
+from model import CONNECTORS, GPT, MERGED, MLLM, PARTS, PIXELS, ModelConfig, ViT, gpt_options, part_of, vit_options
+from qformer import QFormer, qformer_options, read_json
 
 STAGES = ("read", "see", "align", "instruct")
 
@@ -67,7 +70,10 @@ MAY_CHANGE = {
               "projector_norm", "r", "alpha", "lora_on"),
     "instruct": (),
 }
-ANY_TIME = ("image_size", "drop_path_rate", "use_grad_checkpoint", "qformer_dropout", "lora_dropout", "max_len")
+# Settings that follow from others and are no flags.
+DERIVED = ("lora_on", "text_branch", "pad_id", "image_id", "pixel_mean", "pixel_std", "vit_options", "qformer_options",
+           "decoder_options")
+ANY_TIME = ("image_size", "fit", "drop_path_rate", "use_grad_checkpoint", "qformer_dropout", "lora_dropout", "max_len")
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,11 @@ class Config(ModelConfig):
     """A whole run: the model's sizes, how much of what it sees, how it learns, how it is measured."""
     vocab_size: int = 1024               # at most; the tokenizer stops earlier when no pair repeats
     image_size: tuple[int, int] = (48, 48)
-    data: str = ""                       # LLaVA JSON or folder of captions to learn from; empty: built-in scenes
+    vit: str = ""                        # published weights to start from, a folder or a downloaded name, see README
+    vit_drop_last: int = 0               # how many of its last blocks are left out
+    qformer: str = ""
+    llm: str = ""
+    data: str = ""                       # LLaVA JSON(L) or folder of captions to learn from; empty: built-in scenes
     val: str = ""                        # the same to be measured on; empty: every 20th record of data
     images: str = ""                     # folder of their pictures; empty: images/ or image/ beside the JSON
     skip_bad: bool = False               # leave unusable records out instead of stopping
@@ -134,7 +144,123 @@ PRESETS = {
 def model_config(config: Config, tokenizer: Tokenizer) -> ModelConfig:
     """The model's part of the settings, with the vocabulary that the tokenizer really has."""
     values = {field.name: getattr(config, field.name) for field in fields(ModelConfig)}
-    return ModelConfig(**values | {"vocab_size": tokenizer.vocab_size})
+    return ModelConfig(**values | {"vocab_size": tokenizer.vocab_size, "pad_id": tokenizer.pad,
+                                   "image_id": tokenizer.image})
+
+
+# ---- Published parts ------------------------------------------------------------------------------
+
+def cache_folder(name: str) -> Path:
+    return Path(torch.hub.get_dir()) / "published" / name
+
+
+def find_folder(name: str) -> Path:
+    """The folder of a published model, given as a path or by the name that it was downloaded under."""
+    if Path(name).is_dir():
+        return Path(name)
+    if not cache_folder(name).is_dir():
+        raise FileNotFoundError(f"there is no folder {name} and no {cache_folder(name)}: "
+                                f"run `python train.py --download {name}` first")
+    return cache_folder(name)
+
+
+def download(name: str) -> Path:
+    """Fetch what is needed of a public Hugging Face repository; files that are there already stay. Sizes are checked,
+    and SHA-256 of what is published with one (the weights). Raises ValueError, offline one that says what to do."""
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise ValueError(f"{name!r} is no name of a repository, like HuggingFaceTB/SmolLM2-135M")
+    source, folder = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), cache_folder(name)
+    texts = ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
+    try:
+        with urllib.request.urlopen(f"{source}/api/models/{name}/tree/main", timeout=30) as answer:
+            files = {entry["path"]: entry for entry in json.load(answer) if entry["type"] == "file"}
+        weights = [path for kind in (r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?",
+                                     r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?")
+                   for path in files if re.fullmatch(kind, path)]
+        is_safe = any(path.startswith("model") for path in weights)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in [text for text in texts if text in files] + [path for path in weights
+                                                                 if path.startswith("model") == is_safe]:
+            size, lfs = files[path]["size"], files[path].get("lfs") or {}
+            if (folder / path).is_file() and (folder / path).stat().st_size == size:
+                continue
+            print(f"{folder / path}: {size / 1e6:.1f} MB")
+            torch.hub.download_url_to_file(f"{source}/{name}/resolve/main/{path}", str(folder / path),
+                                           lfs.get("oid", "").removeprefix("sha256:") or None)
+            if (folder / path).stat().st_size != size:
+                (folder / path).unlink()
+                raise OSError(f"{path} has not the {size} bytes that are published")
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"cannot download {name} from {source} ({error}). Or put its {', '.join(texts)} and weights "
+                         f"(model*.safetensors or pytorch_model*.bin, with the .index.json if there is one) into "
+                         f"{folder}") from error
+    return folder
+
+
+def with_published(config: Config, image_size: bool) -> Config:
+    """The settings, with the sizes of the published parts in the place of ours. image_size: that of the ViT, too."""
+    if config.vit:
+        folder = find_folder(config.vit)
+        sizes = vit_options(read_json(folder / "config.json"))
+        side, pixels = sizes.pop("image_size"), {}
+        if (folder / "preprocessor_config.json").is_file():
+            pixels = read_json(folder / "preprocessor_config.json")
+        config = replace(config, patch_size=sizes.pop("patch_size"), vit_dim=sizes.pop("dim"),
+                         vit_layers=sizes.pop("n_layers") - config.vit_drop_last, vit_heads=sizes.pop("n_heads"),
+                         image_size=(side, side) if image_size else config.image_size, vit_options=sizes,
+                         pixel_mean=tuple(pixels.get("image_mean", PIXELS["mean"])),
+                         pixel_std=tuple(pixels.get("image_std", PIXELS["std"])))
+    if config.qformer:
+        sizes = qformer_options(read_json(find_folder(config.qformer) / "config.json"))
+        from_bert, n_queries = bool(sizes.pop("vocab_size", 0)), sizes.pop("n_queries")
+        sizes.pop("encoder_width")
+        config = replace(config, qformer_dim=sizes.pop("dim"), qformer_layers=sizes.pop("n_layers"),
+                         qformer_heads=sizes.pop("n_heads"), n_queries=config.n_queries if from_bert else n_queries,
+                         text_branch=from_bert, qformer_drop_last=config.qformer_drop_last * from_bert,
+                         qformer_options=sizes)
+    if config.llm:
+        sizes = gpt_options(read_json(find_folder(config.llm) / "config.json"))
+        names = ("dim", "n_layers", "n_heads", "n_kv_heads", "rope_theta", "qkv_bias")
+        config = replace(config, **{name: sizes.pop(name) for name in names}, decoder_options=sizes)
+    return config
+
+
+def published_parts(config: Config, asked: ModelConfig) -> dict[str, nn.Module]:
+    """The parts that start from published weights."""
+    parts = {}
+    if config.vit:
+        parts["vit"] = ViT.from_pretrained(find_folder(config.vit), config.vit_drop_last,
+                                           drop_path_rate=asked.drop_path_rate,
+                                           use_grad_checkpoint=asked.use_grad_checkpoint)
+    if config.qformer:
+        parts["qformer"] = QFormer.from_pretrained(
+            find_folder(config.qformer), encoder_width=asked.vit_dim, n_queries=asked.n_queries, pad_id=asked.pad_id,
+            dropout=asked.qformer_dropout, vocab_size=asked.vocab_size if asked.text_branch else 0)
+    if config.llm:
+        parts["decoder"] = GPT.from_pretrained(find_folder(config.llm), r=asked.r, alpha=asked.alpha,
+                                               lora_dropout=asked.lora_dropout)
+    return parts
+
+
+def stages_of(config: Config) -> tuple[str, ...]:
+    """The stages of a run: published parts need no stand-ins. BERT is no Q-Former yet, `see` makes it one."""
+    can_see = config.vit and (config.connector in MERGED or config.qformer and not config.text_branch)
+    return tuple(stage for stage in STAGES if not (stage == "read" and config.llm or stage == "see" and can_see))
+
+
+def make_tokenizer(config: Config, task: "Task") -> Tokenizer:
+    """The language model's own, or one trained on the texts of the run."""
+    if not config.llm:
+        return Tokenizer.train(corpus(task.train("read")), config.vocab_size)
+    path = find_folder(config.llm) / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}")
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.end is None:
+        raise ValueError(f"{path}: no end symbol is known; tokenizer_config.json beside it names it as 'eos_token'")
+    if tokenizer.pad > config.decoder_options["vocab_size"]:
+        raise ValueError(f"{path} has {tokenizer.pad} ids, but the model knows {config.decoder_options['vocab_size']}")
+    return tokenizer
 
 
 # ---- What a stage trains on -----------------------------------------------------------------------
@@ -153,7 +279,7 @@ class Task:
         if config.data:
             self.own = self.conversations(config.data)
             held_out = self.conversations(config.val) if config.val else self.own.split(20)
-            held_out = held_out.for_task("instruct")
+            held_out = held_out.for_task("test")
             self.test = {"qa": Subset(held_out, range(min(n, len(held_out))))}
         else:
             self.test = {"qa": Scenes(self.spec, "question", n, "test", config.seed),
@@ -192,8 +318,18 @@ class Task:
         else:
             first = sum(stage_samples(c, earlier) for earlier in STAGES[:STAGES.index(stage)])
             sampler = range(first + start, first + stop)      # no scene twice
+        if stage == "see":                                    # published Q-Formers know so many positions
+            longest = min(c.max_len, c.qformer_options.get("max_text_len", c.max_len))
+            collate_fn = replace(collate, max_len=longest).pairs
+        else:
+            collate_fn = collate.conversations
         return DataLoader(dataset, c.batch_size // c.accumulate, sampler=sampler, num_workers=c.workers,
-                          collate_fn=collate.pairs if stage == "see" else collate.conversations)
+                          collate_fn=collate_fn)
+
+
+def make_collate(tokenizer: Tokenizer, config: ModelConfig) -> Collate:
+    return Collate(tokenizer, config.n_rows, config.image_size, config.max_len, config.fit, config.pixel_mean,
+                   config.pixel_std)
 
 
 def stage_samples(config: Config, stage: str) -> int:
@@ -206,8 +342,10 @@ def peak_rate(config: Config, stage: str, part: str) -> float:
 
 
 def who_learns(config: Config, stage: str) -> tuple[str, ...]:
-    """The recipe's parts for a stage, but for those whose rate is 0. Raises ValueError when none is left."""
-    learns = tuple(part for part in WHO_LEARNS[config.recipe][stage] if peak_rate(config, stage, part))
+    """The recipe's parts for a stage, but for those whose rate is 0 and, in `see`, a published ViT. Raises ValueError
+    when none is left."""
+    learns = tuple(part for part in WHO_LEARNS[config.recipe][stage] if peak_rate(config, stage, part)
+                   and not (stage == "see" and part == "vit" and config.vit))
     if not learns:
         raise ValueError(f"nothing would learn in {stage!r}: recipe {config.recipe!r} trains "
                          f"{', '.join(WHO_LEARNS[config.recipe][stage])} there, at a rate of 0")
@@ -215,11 +353,6 @@ def who_learns(config: Config, stage: str) -> tuple[str, ...]:
 
 
 # ---- How a stage learns ---------------------------------------------------------------------------
-
-def to_generate(text: Tensor) -> Tensor:
-    """Text (B, T) for ITG: its first token says that it is to be written, not summed up."""
-    return torch.cat([torch.full_like(text[:, :1], DECODE), text[:, 1:]], dim=1)
-
 
 def stage_loss(model: MLLM, stage: str, batch: dict[str, Tensor], config: Config) -> Tensor:
     """nats: answers only, in `see` BLIP-2's three losses (arXiv 2301.12597, section 3.1).
@@ -233,7 +366,7 @@ def stage_loss(model: MLLM, stage: str, batch: dict[str, Tensor], config: Config
         return model(**batch)[1]
     images, text = batch["images"], batch["text"]
     features = model.ln_vision(model.vit(images))                                 # (B, P, Dv)
-    loss, queries = model.qformer.itg_loss(features, to_generate(text))
+    loss, queries = model.qformer.itg_loss(features, batch["to_generate"])
     n = max(2, len(text) // config.contrast_every)
     features, queries, text = features[:n], queries[:n], text[:n]
     if config.itc_weight or config.itm_weight:
@@ -353,19 +486,41 @@ def train_stage(model: MLLM, stage: str, task: Task, collate: Collate, config: C
 # ---- What came of it ------------------------------------------------------------------------------
 
 ANSWER_TOKENS = 64                       # the longest answer in an evaluation
+SHORT = 4                                # words, up to which an answer must be right to the letter
 
 
-def single_questions(samples) -> list[tuple[Sample, str]]:
-    """Each turn of each sample as a question with the true turns before it, and its true answer."""
+def single_questions(samples) -> list[tuple[Sample, tuple[str, ...]]]:
+    """Each turn of each sample as a question with the true turns before it, and its right answers. The kind "answer",
+    which is that of records of one's own, becomes "text" where the first right answer is long."""
     asked = []
     for sample in samples:
         for i, (question, truth) in enumerate(sample.turns):
             turns = sample.turns[:i] + [(question, None)]
             n = sum(text.count("<image>") for text, _ in turns)
             n_images = sum(sample.frames[:n]) if sample.frames else n
-            asked.append((replace(sample, images=sample.images[:n_images], turns=turns, frames=sample.frames[:n]),
-                          truth.strip()))
+            kind = "text" if sample.kind == "answer" and len(truth.split()) > SHORT else sample.kind
+            prompt = replace(sample, images=sample.images[:n_images], turns=turns, frames=sample.frames[:n], kind=kind)
+            asked.append((prompt, tuple(text.strip() for text in sample.references or (truth,))))
     return asked
+
+
+def bleu4(answers: list[str], references: list[tuple[str, ...]]) -> float:
+    """Corpus BLEU-4 in [0, 1]: the geometric mean of how many of the answers' runs of 1, 2, 3 and 4 words are in a
+    reference, times a penalty for being shorter than the reference that is nearest in length. Words are in lower
+    case, signs are words of their own. Source: Papineni et al. 2002 (ACL anthology P02-1040), section 2.3."""
+    right, runs, length, nearest = Counter(), Counter(), 0, 0
+    for mine, others in zip(answers, references):
+        words, *others = (re.findall(r"\w+|[^\w\s]", text.lower()) for text in (mine, *others))
+        length += len(words)
+        nearest += min((abs(len(other) - len(words)), len(other)) for other in others)[1]
+        for n in range(1, 5):
+            counts, *most = (Counter(zip(*(text[i:] for i in range(n)))) for text in (words, *others))
+            right[n] += sum(min(count, max(other[run] for other in most)) for run, count in counts.items())
+            runs[n] += sum(counts.values())
+    if not all(right[n] for n in range(1, 5)):
+        return 0.0
+    precision = math.exp(sum(math.log(right[n] / runs[n]) for n in range(1, 5)) / 4)
+    return precision * math.exp(min(0, 1 - nearest / length))
 
 
 def answer(model: MLLM, prompts: list[Sample], collate: Collate, config: Config, blind: bool = False) -> list[str]:
@@ -373,7 +528,7 @@ def answer(model: MLLM, prompts: list[Sample], collate: Collate, config: Config,
 
     Raises ValueError naming a prompt that leaves no room for an answer.
     """
-    device, answers = next(model.parameters()).device, []
+    device, end, answers = next(model.parameters()).device, collate.tokenizer.end, []
     model.eval()
     for start in range(0, len(prompts), 100):
         some, ids = prompts[start:start + 100], []
@@ -386,8 +541,8 @@ def answer(model: MLLM, prompts: list[Sample], collate: Collate, config: Config,
         images = collate.images(some)
         images = images.roll(len(images) // 2 * blind, dims=0).to(device)
         with autocast(device, config):
-            tokens = torch.stack(list(model.generate(ids, images, ANSWER_TOKENS, END)), dim=1)
-        answers += [collate.tokenizer.decode(row[:row.index(END)] if END in row else row).strip()
+            tokens = torch.stack(list(model.generate(ids, images, ANSWER_TOKENS, end)), dim=1)
+        answers += [collate.tokenizer.decode(row[:row.index(end)] if end in row else row).strip()
                     for row in tokens.tolist()]
     return answers
 
@@ -399,27 +554,33 @@ def by_kind(prompts: list[Sample], right: list[bool]) -> dict[str, float]:
     return {kind: sum(group) / len(group) for kind, group in sorted(groups.items())}
 
 
-def most_frequent(prompts: list[Sample], truths: list[str]) -> list[str]:
+def most_frequent(prompts: list[Sample], truths: list[tuple[str, ...]]) -> list[str]:
     """The best that can be done from the kind of question alone: always its most frequent answer."""
     counts = defaultdict(Counter)
     for prompt, truth in zip(prompts, truths):
-        counts[prompt.kind][truth] += 1
+        counts[prompt.kind].update(truth)
     return [counts[prompt.kind].most_common(1)[0][0] for prompt in prompts]
 
 
 def examine(model: MLLM, samples, collate: Collate, config: Config) -> tuple[dict, list]:
-    """Exact match on every question of samples: {"all", "blind", "floor": share right, "kinds": {...}}, and
-    each (prompt, answer, truth)."""
+    """Exact match on every question of samples, but BLEU-4 on those of kind "text": {"all", "blind", "floor": share
+    right, "bleu4": {...} or {}, "kinds": {...}}, and each (prompt, answer, truths)."""
     prompts, truths = zip(*single_questions(samples))
-    results, kinds = {}, {}
+    results, kinds, bleu = {}, {}, {}
+    long = [i for i, prompt in enumerate(prompts) if prompt.kind == "text"]
+    short = [i for i, prompt in enumerate(prompts) if prompt.kind != "text"]
     for name, given in (("all", answer(model, prompts, collate, config)),
                         ("blind", answer(model, prompts, collate, config, blind=True)),
                         ("floor", most_frequent(prompts, truths))):
-        right = [mine == truth for mine, truth in zip(given, truths)]
-        results[name], kinds[name] = sum(right) / len(right), by_kind(prompts, right)
+        right = [given[i] in truths[i] for i in short]
+        kinds[name] = by_kind([prompts[i] for i in short], right)
+        if short:
+            results[name] = sum(right) / len(right)
+        if long:
+            bleu[name] = kinds[name]["text, BLEU-4"] = bleu4([given[i] for i in long], [truths[i] for i in long])
         if name == "all":
             answered = list(zip(prompts, given, truths))
-    return results | {"kinds": kinds}, answered
+    return results | {"bleu4": bleu, "kinds": kinds}, answered
 
 
 def attributes_right(described: list[tuple[str, str]]) -> dict[str, float]:
@@ -437,26 +598,28 @@ def attributes_right(described: list[tuple[str, str]]) -> dict[str, float]:
 
 def evaluate(model: MLLM, task: Task, collate: Collate, config: Config) -> tuple[dict, list]:
     """Question the model about what it never saw, print a table, return the metrics and some (prompt, answer,
-    truth) to look at."""
+    truths) to look at."""
     metrics, shown = {}, []
     for name, samples in task.test.items():
         results, answered = examine(model, samples, collate, config)
         if name == "description":
-            described = [(mine, truth) for _, mine, truth in answered]
+            described = [(mine, truths[0]) for _, mine, truths in answered]
             metrics |= {"description_exact": results["all"], "description_exact_blind": results["blind"],
                         "description_attributes": attributes_right(described)}
         elif name == "read":
             metrics["reading_accuracy"] = results["all"]
         else:
-            key = name.replace("qa", "qa_accuracy")
-            metrics |= {key: results["all"], f"{key}_blind": results["blind"], f"{key}_floor": results["floor"],
-                        f"{key}_by_kind": results["kinds"]}
+            columns, key, kinds = ("all", "blind", "floor"), name.replace("qa", "qa_accuracy"), results["kinds"]
+            names = dict(zip(columns, ("", "_blind", "_floor")))
+            metrics |= {f"{key}{names[column]}": results[column] for column in columns if column in results}
+            metrics |= {f"bleu4{names[column]}": value for column, value in results["bleu4"].items()}
+            metrics[f"{key}_by_kind"] = kinds
             shown += answered[:8]
             print(f"\n{name:12} {'right':>8} {'blind':>8} {'floor':>8}")
-            for kind in results["kinds"]["all"]:
-                print(f"{kind:12} " + " ".join(f"{results['kinds'][column][kind]:8.3f}"
-                                               for column in ("all", "blind", "floor")))
-            print(f"{'all':12} " + " ".join(f"{results[column]:8.3f}" for column in ("all", "blind", "floor")))
+            for kind in kinds["all"]:
+                print(f"{kind:12} " + " ".join(f"{kinds[column][kind]:8.3f}" for column in columns))
+            if "all" in results:
+                print(f"{'all':12} " + " ".join(f"{results[column]:8.3f}" for column in columns))
     print("\n" + "\n".join(f"{key}: {value}" for key, value in metrics.items() if isinstance(value, float)))
     return metrics, shown
 
@@ -488,9 +651,9 @@ def draw_samples(shown: list, path: Path) -> None:
     """Held-out pictures with question, answer and truth."""
     shown = [entry for entry in shown if entry[0].images]
     texts = []
-    for prompt, mine, truth in shown:
+    for prompt, mine, truths in shown:
         question = prompt.turns[-1][0].replace("<image>", "").strip()
-        verdict = "right" if mine == truth else f'WRONG, it is "{truth[:60]}"'
+        verdict = "right" if mine in truths else f'{"" if prompt.kind == "text" else "WRONG, "}it is "{truths[0][:60]}"'
         texts.append(f"{question[:100]}\n{mine[:60]}  ({verdict})")
     if shown:
         contact_sheet([prompt.images[0] for prompt, _, _ in shown], texts).save(path)
@@ -505,7 +668,8 @@ def report(model: MLLM, config: Config, stage: str) -> None:
     for part in PARTS:
         word, rate = "frozen", peak_rate(config, stage, part)
         if part in WHO_LEARNS[config.recipe][stage]:
-            word = f"learns, rate {rate:.1e}" if rate else "frozen, since its rate is 0"
+            reason = "since its rate is 0" if not rate else "as published"
+            word = f"learns, rate {rate:.1e}" if part in who_learns(config, stage) else f"frozen, {reason}"
         print(f"  {part:10} {count_parameters(model, (part,)):>12,} parameters  {word}")
 
 
@@ -529,19 +693,23 @@ def model_for(stage: str, config: Config, tokenizer: Tokenizer, out: Path, devic
 
     Raises ValueError when a setting differs from that of the weights and this stage may not change it.
     """
-    asked = model_config(config, tokenizer)
+    asked, stages = model_config(config, tokenizer), stages_of(config)
     torch.manual_seed(config.seed)
     if stage in STAGE_0:                                      # what only `align` makes use of
         later = set(MAY_CHANGE["align"]) - set(MAY_CHANGE["see"])
         asked = replace(asked, **{name: getattr(ModelConfig, name) for name in later})
-    if stage == STAGES[0]:
-        return MLLM(asked).to(device)
-    before = out / f"{STAGES[STAGES.index(stage) - 1]}.pt"
+    dropped = replace(asked, text_branch=False, qformer_layers=asked.qformer_layers - asked.qformer_drop_last,
+                      qformer_drop_last=0)
+    if stage == stages[0]:
+        asked = dropped if stage == "align" else asked
+        parts = published_parts(config, asked)
+        grid = parts["vit"].grid if "vit" in parts else None
+        first = replace(asked, image_size=tuple(side * asked.patch_size for side in grid)) if grid else asked
+        return MLLM(first, **parts).renewed(asked).to(device)
+    before = out / f"{stages[stages.index(stage) - 1]}.pt"
     if not before.exists():
         raise FileNotFoundError(f"stage {stage!r} starts from {before}, which is not there: run the stages before it")
     model = MLLM.load(before, device)
-    dropped = replace(asked, text_branch=False, qformer_layers=asked.qformer_layers - asked.qformer_drop_last,
-                      qformer_drop_last=0)
     asked = dropped if stage == "instruct" else asked
     for name, value in asdict(asked).items():
         was = getattr(model.config, name)
@@ -581,14 +749,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, help="default: the device's")
     parser.add_argument("--stage", choices=(*STAGES, "evaluate"), help="run this one alone")
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
+    parser.add_argument("--download", nargs="+", metavar="NAME", help="fetch these published models and stop")
     for field in fields(Config):
-        if field.name == "lora_on":                           # follows from the recipe
+        if field.name in DERIVED:
             continue
         flag = "--" + field.name.replace("_", "-")
         if field.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
-        elif field.name in ("recipe", "connector"):
-            choices = WHO_LEARNS if field.name == "recipe" else CONNECTORS
+        elif field.name in ("recipe", "connector", "fit"):
+            choices = {"recipe": WHO_LEARNS, "connector": CONNECTORS, "fit": ("squash", "pad")}[field.name]
             parser.add_argument(flag, choices=choices, default=argparse.SUPPRESS)
         elif field.name == "image_size":
             parser.add_argument(flag, type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), default=argparse.SUPPRESS)
@@ -602,7 +771,8 @@ def settings(arguments: argparse.Namespace) -> Config:
     """The preset, with what the command line says over it."""
     given = {name: value for name, value in vars(arguments).items() if name in Config.__dataclass_fields__}
     config = replace(PRESETS[arguments.preset or ("gpu" if "cuda" in arguments.device else "cpu")], **given)
-    if config.data and "image_size" not in given:
+    config = with_published(config, "image_size" not in given)
+    if config.data and "image_size" not in given and not config.vit:
         records = Conversations(config.data, config.images, config.skip_bad)
         config = replace(config, image_size=fit_image_size(config, records))
     if config.half_frozen and not config.bf16:
@@ -613,21 +783,26 @@ def settings(arguments: argparse.Namespace) -> Config:
 
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.download:
+        return print("\n".join(str(download(name)) for name in arguments.download))
     out, device = arguments.out, torch.device(arguments.device)
     out.mkdir(parents=True, exist_ok=True)
     state = load_state(out / "resume.pt", device) if arguments.resume else None
     config = Config(**state["config"]) if state else settings(arguments)
-    first = state["stage"] if state else arguments.stage or STAGES[0]
-    stages = () if first == "evaluate" else (first,) if arguments.stage else STAGES[STAGES.index(first):]
+    needed = stages_of(config)
+    first = state["stage"] if state else arguments.stage or needed[0]
+    if first not in (*needed, "evaluate"):
+        raise ValueError(f"stage {first!r} makes a stand-in for what is given")
+    stages = () if first == "evaluate" else (first,) if arguments.stage else needed[needed.index(first):]
     for stage in stages:
         who_learns(config, stage)                             # better an error now than hours later
     if not stages and "image_size" not in arguments:
         config = replace(config, image_size=MLLM.load(out / f"{STAGES[-1]}.pt").config.image_size)
     task = Task(config)
-    if first == STAGES[0] and not state:
-        Tokenizer.train(corpus(task.train("read")), config.vocab_size).save(out / "tokenizer.json")
+    if first == needed[0] and not state:
+        make_tokenizer(config, task).save(out / "tokenizer.json")
     tokenizer = Tokenizer.load(out / "tokenizer.json")
-    collate = Collate(tokenizer, config.n_rows, config.image_size, config.max_len)
+    collate = make_collate(tokenizer, config)
 
     for stage in stages:
         start = time.time() - (state["seconds"] if state else 0)
@@ -645,18 +820,21 @@ def main() -> None:
     model = model.renewed(replace(model.config, image_size=config.image_size, max_len=config.max_len)).to(device)
     collate = replace(collate, n_rows=model.config.n_rows)    # that of the weights, whatever the flags say
     metrics, shown = evaluate(model, task, collate, config)
-    history = {stage: torch.load(out / f"{stage}.pt", map_location="cpu", weights_only=True) for stage in STAGES}
-    seconds = {stage: history[stage]["seconds"] for stage in STAGES} | {"evaluate": time.time() - start}
+    history = {stage: torch.load(out / f"{stage}.pt", map_location="cpu", weights_only=True) for stage in needed}
+    seconds = {stage: history[stage]["seconds"] for stage in needed} | {"evaluate": time.time() - start}
     metrics |= {"seconds": sum(seconds.values()), "seconds_by_stage": seconds,
                 "memory_gb": max(stage["memory"] for stage in history.values()),
-                "learning_parameters": {stage: history[stage]["learning"] for stage in STAGES},
+                "learning_parameters": {stage: history[stage]["learning"] for stage in needed},
                 "device": str(device), "config": asdict(config)}
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2))
-    draw_curves({stage: history[stage]["losses"] for stage in STAGES}, out / "curves.png")
+    draw_curves({stage: history[stage]["losses"] for stage in needed}, out / "curves.png")
     draw_samples(shown, out / "samples.png")
     print(f"\nafter {metrics['seconds']:.0f} s: {out}/metrics.json, curves.png, samples.png. "
           f"Try: python sample.py --out {out}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"train.py: {error}")

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from data import Collate, Scenes, Tokenizer  # noqa: E402
+from data import Scenes, Tokenizer  # noqa: E402
 from model import MLLM, ViT  # noqa: E402
 
 # For each table: what to show, and each run as (label, flags). Flags before "|" are for stage 0, too. 50% means half
@@ -137,7 +137,7 @@ def text_drift(folder: Path, config: train.Config) -> dict:
     """What the stages did to text without pictures: perplexity of the answers to questions about written
     descriptions, and the share of logits that are not bit for bit those of the decoder from stage 0."""
     texts, tokenizer = train.Task(config).test["read"], Tokenizer.load(folder / "tokenizer.json")
-    collate = Collate(tokenizer, config.n_rows, config.image_size, config.max_len)
+    collate = train.make_collate(tokenizer, config)
     batch = collate.conversations([texts[i] for i in range(len(texts))])
     logits, perplexity = {}, {}
     for stage in ("see", "align", "instruct"):
@@ -154,14 +154,14 @@ def sight(folder: Path, config: train.Config, n: int = 500, among: int = 100) ->
     """Of the Q-Former after `see`, on held-out pictures: nats per token of ITG, how often ITC finds a picture's own
     text among `among`, how often ITM, if it has learned, tells pairs from hard wrong ones."""
     model, tokenizer = MLLM.load(folder / "see.pt").eval(), Tokenizer.load(folder / "tokenizer.json")
-    collate = Collate(tokenizer, model.config.n_queries, model.config.image_size, model.config.max_len)
+    collate = train.make_collate(tokenizer, model.config)
     scenes = Scenes(train.Task(config).spec, "see", n, "test")
     sums = torch.zeros(3)
     for start in range(0, n, among):
         batch = collate.pairs([scenes[i] for i in range(start, start + among)])
         images, text = batch["images"], batch["text"]
         features = model.ln_vision(model.vit(images))
-        itg, queries = model.qformer.itg_loss(features, train.to_generate(text))
+        itg, queries = model.qformer.itg_loss(features, batch["to_generate"])
         found = model.qformer.similarity(queries, text).argmax(dim=1)
         own = (text[found] == text).all(dim=1).float().mean()                     # some scenes share their text
         sums += torch.stack([itg, own, itm_accuracy(model, features, text, queries)])

@@ -345,7 +345,7 @@ def test_each_turn_is_asked_with_the_true_turns_before_it():
     a, b = Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8))
     sample = Sample([a, b], [("<image> q1", " a1 "), ("q2", "a2"), ("<image> q3", "a3")], "kind")
     (first, truth1), (second, truth2), (third, truth3) = train.single_questions([sample])
-    assert (truth1, truth2, truth3) == ("a1", "a2", "a3")
+    assert (truth1, truth2, truth3) == (("a1",), ("a2",), ("a3",))
     assert first.turns == [("<image> q1", None)] and first.images == [a]
     assert second.turns == [("<image> q1", " a1 "), ("q2", None)] and second.images == [a]
     assert third.images == [a, b]
