@@ -671,7 +671,7 @@ def read_captions(lines: list[str]) -> list[dict]:
     An end like "#3" of the file's name, the number of the caption, is dropped."""
     rows = (line.split("\t", 1) for line in lines if line.strip())
     if "\t" not in lines[0]:
-        rows = csv.reader(lines[lines[0].strip() == "image,caption":])
+        rows = filter(None, csv.reader(lines[lines[0].strip() == "image,caption":]))
     captions = defaultdict(list)
     for file, *caption in rows:
         captions[re.sub(r"#\d+$", "", file.strip())].append("".join(caption[:1]).strip())

@@ -484,6 +484,52 @@ def test_instructions_vary_from_record_to_record_and_stay_from_time_to_time(tmp_
     assert asked[0] == asked[1] and len(set(asked[0])) == len(DESCRIBE)
 
 
+def test_json_lines_read_as_the_same_list_and_a_broken_line_is_named(tmp_path):
+    path = write(tmp_path, GOOD, record("no picture", "fine"))
+    lines = "\n\n".join(json.dumps(entry) for entry in json.loads(path.read_text())) + "\n"
+    (tmp_path / "my.jsonl").write_text(lines)
+    assert [sample.turns for sample in Conversations(tmp_path / "my.jsonl")] == [
+        sample.turns for sample in Conversations(path)]
+    (tmp_path / "my.jsonl").write_text(lines + '{"id": ')
+    with pytest.raises(ValueError, match="my.jsonl line 4: not JSON"):
+        Conversations(tmp_path / "my.jsonl")
+
+
+TAB = "a.png#0\tA red one.\na.png#1\tRed, all over .\nb.png#0\ta blue one\nc.png#0\tgreen\n"
+COMMA = 'image,caption\na.png,A red one.\na.png,"Red, all over ."\nb.png,a blue one\nc.png,green\n'
+
+
+@pytest.mark.parametrize("name, text, images", [("captions.txt", TAB, "Images"), ("captions.tsv", TAB, "images"),
+                                                ("captions.txt", COMMA, ".")])
+def test_a_folder_of_captions_gives_each_as_a_sample_and_all_as_right_answers(tmp_path, name, text, images):
+    (tmp_path / name).write_text(text)
+    (tmp_path / images).mkdir(exist_ok=True)
+    for file, color in (("a.png", "red"), ("b.png", "blue"), ("c.png", "green")):
+        Image.new("RGB", (4, 2), color).save(tmp_path / images / file)
+    pairs = [("red", "A red one."), ("red", "Red, all over ."), ("blue", "a blue one"), ("green", "green")]
+    records = Conversations(tmp_path)
+    for task in ("see", "align", "instruct"):                 # human captions are not cleaned
+        samples = [*records.for_task(task)]
+        assert [(color_of(sample.images[0]), sample.turns[0][1]) for sample in samples] == pairs
+        assert all((sample.turns[0][0] == "<image>") == (task != "instruct") for sample in samples)
+    assert [sample.images for sample in records.for_task("read")] == [[]] * 4
+    asked = [*records.for_task("test")]
+    assert [sample.references for sample in asked] == [("A red one.", "Red, all over ."), ("a blue one",), ("green",)]
+    assert all(len(sample.turns) == 1 and sample.turns[0][0].startswith("<image> ") for sample in asked)
+    held_out = records.split(2)
+    assert [len(part.for_task("align")) for part in (held_out, records)] == [3, 1]     # no picture on both sides
+
+
+@pytest.mark.parametrize("text, message", [("", "at least one"), ("x.png\ta word\n", "no image file .*x.png"),
+                                           ("a.png\t \n", "not empty"), ("a.png\n", "not empty"),
+                                           ("a.png\t<image> of red\n", "no <image>")])
+def test_a_bad_line_of_captions_raises_and_is_named(tmp_path, text, message):
+    Image.new("RGB", (4, 2)).save(tmp_path / "a.png")
+    (tmp_path / "captions.txt").write_text(text)
+    with pytest.raises(ValueError, match=f"(?s)captions.txt.*{message}"):
+        Conversations(tmp_path)
+
+
 @pytest.mark.parametrize("annotation", [{"image_id": "9", "caption": "x"}, {"caption": "x"}, {"image_id": "0"}, "x",
                                         {"image_id": "0", "caption": " "}, {"image_id": "0", "caption": "<image>"}])
 def test_a_bad_annotation_raises_with_the_file_and_the_record(tmp_path, annotation):
@@ -591,6 +637,65 @@ def test_pictures_of_any_mode_and_size_become_the_same_pixels(mode):
     pixels = to_pixels(image.convert(mode), (6, 8))
     assert pixels.shape == (3, 6, 8) and pixels.min() == -1 and pixels.max() == 1
     assert (pixels[:, :, :3] < -0.9).all() and (pixels[:, :, 5:] > 0.9).all()
+
+
+@pytest.mark.parametrize("mode, low, high", [("I;16", 0, 65535), ("I", 0, 65535), ("I", 0, 255), ("F", 0.0, 1.0),
+                                             ("F", 0.0, 255.0), ("L", 0, 255), ("1", 0, 1), ("CMYK", 0, 255)])
+def test_files_of_any_depth_keep_their_brightness(mode, low, high, tmp_path):
+    values = np.repeat([low, high, high // 4], 3)[None].repeat(4, axis=0)  # three stripes
+    kinds = {"I;16": np.uint16, "I": np.int32, "F": np.float32}
+    image = Image.fromarray(values.astype(kinds.get(mode, np.uint8)) * (255 if mode == "1" else 1))
+    (image if mode in kinds else image.convert(mode)).save(tmp_path / "x.tiff")
+    read = read_image(tmp_path / "x.tiff")
+    assert read.mode == "RGB" and read.getpixel((0, 0)) == (0, 0, 0) and read.getpixel((4, 0)) == (255, 255, 255)
+    if mode != "1" and high != 1.0:
+        assert read.getpixel((7, 0))[0] in (63, 64)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(mode, tmp_path):
+    image = Image.new("RGBA", (4, 2), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (2, 0, 4, 2))
+    image.convert(mode).save(tmp_path / "x.png")
+    assert [read_image(tmp_path / "x.png").getpixel((x, 0))[0] for x in (0, 3)] == [255, 0]
+
+
+def test_pictures_are_turned_as_the_camera_was_held(tmp_path):
+    image = Image.new("RGB", (6, 2), "red")
+    image.paste("blue", (0, 0, 3, 2))                         # blue on the left
+    exif = Image.Exif()
+    exif[0x0112] = 6                                          # shown turned to the right by 90 degrees
+    image.save(tmp_path / "x.png", exif=exif)
+    read = read_image(tmp_path / "x.png")
+    assert read.size == (2, 6) and color_of(read) == "blue" and read.getpixel((0, 5)) == (255, 0, 0)
+
+
+@pytest.mark.filterwarnings("ignore")                         # Pillow warns of what is then refused
+def test_bombs_and_broken_files_are_refused_by_name(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    for kind in ("png", "jpeg", "tiff", "gif"):
+        path = tmp_path / f"x.{kind}"
+        Image.fromarray(noise).save(path)
+        whole = path.read_bytes()
+        for length in (0, 10, len(whole) // 2):
+            path.write_bytes(whole[:length])
+            with pytest.raises(BadRecord, match=f"record 7: cannot read image .*x.{kind}"):
+                read_image(path, "record 7")
+        path.write_bytes(whole)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1599)
+        with pytest.raises(BadRecord, match="40 x 40 pixels are too many"):
+            read_image(path)
+        monkeypatch.undo()
+
+
+def test_padding_keeps_the_shape_between_bars_of_the_mean_and_pixels_are_normalised():
+    image = Image.new("RGB", (40, 20), (255, 0, 102))
+    mean, std = (0.5, 0.25, 0.4), (0.5, 0.25, 0.2)
+    pixels = to_pixels(image, (8, 8), "pad", mean, std)
+    assert pixels[:, 4, 4].tolist() == pytest.approx([1, -1, 0], abs=1e-6)       # (value - mean) / std
+    assert pixels[:, [0, 1, 6, 7]].abs().max() < 0.02 and (pixels[0, 2:6] == 1).all()
+    squashed = to_pixels(image, (8, 8), "squash", mean, std)
+    assert squashed[:, 0, 0].tolist() == pytest.approx([1, -1, 0], abs=1e-6)
 
 
 def test_running_the_file_draws_a_sheet_and_prints_one_sample(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,8 @@
 """Who learns, in which order, to which loss, and whether a run can be interrupted without a trace."""
 import json
+import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -371,7 +373,55 @@ def test_blind_shows_each_question_the_picture_of_another(parts, monkeypatch):
 
 def test_the_floor_is_the_most_frequent_answer_of_each_kind():
     prompts = [Sample([], [], kind) for kind in "aaabb"]
-    assert train.most_frequent(prompts, ["y", "x", "x", "z", "z"]) == ["x", "x", "x", "z", "z"]
+    truths = [("y",), ("x", "w"), ("x",), ("z",), ("z",)]
+    assert train.most_frequent(prompts, truths) == ["x", "x", "x", "z", "z"]
+
+
+def test_bleu_equals_the_worked_example():
+    """The expected figure is that of both `sacrebleu` 2.6.0 (lower case, no smoothing) and `nltk` 3.10.4."""
+    answers = ["a brown dog runs across the green grass .", "Two children play with a ball on the beach",
+               "the man in a red hat rides a horse"]
+    references = [("a brown dog is running across the grass.", "the brown dog runs over the green grass ."),
+                  ("two kids play with a ball on the sand", "children are playing with a ball on the beach today"),
+                  ("a man in a red hat is riding a horse", "A man rides a horse")]
+    assert train.bleu4(answers, references) == pytest.approx(0.6307255194006104, abs=1e-12)
+    assert train.bleu4(["a b c d"], [("a b c d",)]) == 1 and train.bleu4(["", "a b c"], [("a b c d",)] * 2) == 0
+    short = ["a b c d e"], [("a b c d e f g h i j",)]         # all right, half as long: e^(1 - 10 / 5)
+    assert train.bleu4(*short) == pytest.approx(math.exp(-1))
+
+
+def test_long_answers_are_measured_by_bleu_and_short_ones_to_the_letter(parts, monkeypatch):
+    config, _, model, collate = parts
+    picture = Image.new("RGB", (48, 48))
+    samples = [Sample([picture], [("<image> what?", "a dog on a green field")],
+                      references=("a dog on a green field", "the dog runs on a field")),
+               Sample([picture], [("<image> red?", "yes")]), Sample([picture], [("<image> blue?", "no")])]
+    given = {False: ["the dog runs on a field", "yes", "yes"], True: ["nothing", "no", "no"]}
+    monkeypatch.setattr(train, "answer", lambda model, prompts, collate, config, blind=False: given[blind])
+    results, answered = train.examine(model, samples, collate, config)
+    assert (results["all"], results["blind"], results["floor"]) == (0.5, 0.5, 0.5)
+    assert results["bleu4"] == {"all": 1.0, "blind": 0.0, "floor": 1.0}
+    assert results["kinds"]["all"] == {"answer": 0.5, "text, BLEU-4": 1.0} and len(answered) == 3
+
+
+def test_batches_are_the_same_whatever_the_number_of_workers(tmp_path):
+    config = train.Config(**TINY)
+    for own in ("", str(captions_folder(tmp_path))):
+        batches = []
+        for workers in (0, 1, 2):
+            task = train.Task(replace(config, workers=workers, data=own))
+            tokenizer = Tokenizer.train(corpus(task.train("read"), 50), 300)
+            batches.append(list(task.batches("align", train.make_collate(tokenizer, config), 0, 3)))
+        for other in batches[1:]:
+            assert all(torch.equal(a[name], b[name]) for a, b in zip(batches[0], other) for name in a)
+
+
+def captions_folder(folder):
+    (folder / "images").mkdir()
+    for i in range(6):
+        Image.new("RGB", (9, 9), (40 * i, 0, 0)).save(folder / "images" / f"{i}.png")
+    (folder / "captions.txt").write_text("".join(f"{i}.png\tpicture number {i}\n" for i in range(6)))
+    return folder
 
 
 def test_attributes_are_counted_thing_by_thing():
