@@ -184,7 +184,8 @@ class Tokenizer:
             content = json.loads(path.read_text(encoding="utf-8"))
             if "model" in content:
                 beside = path.with_name("tokenizer_config.json")
-                return published_tokenizer(content | (json.loads(beside.read_text()) if beside.is_file() else {}))
+                names = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else content
+                return published_tokenizer(content | {key: names.get(key) for key in ("bos_token", "eos_token")})
             if tuple(content["specials"]) != SPECIALS:
                 raise ValueError(f"special tokens {content['specials']} are not {list(SPECIALS)}")
             return cls(content["merges"])
@@ -244,25 +245,22 @@ class PublishedText:
     then words, then the symbols that merges start from.
 
     content: what the file holds. Read are byte-level BPE (GPT-2, SmolLM2, Qwen2, Llama 3) and SentencePiece-like BPE
-    with byte fallback (LLaMA). Raises ValueError naming what is not known here.
+    with byte fallback (LLaMA). Raises ValueError naming a step that is not known here.
     """
 
-    NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Prepend", "Replace")
-    PRE_TOKENIZERS = ("ByteLevel", "Digits", "Metaspace", "Split")
+    KNOWN = ("NFC", "NFD", "NFKC", "NFKD", "Prepend", "Replace", "ByteLevel", "Digits", "Metaspace", "Split")
 
     def __init__(self, content: dict):
         self.content, model = content, content["model"]
         self.normalizers, self.pre_tokenizers = steps(content.get("normalizer")), steps(content.get("pre_tokenizer"))
         for step in self.normalizers + self.pre_tokenizers:
-            if step["type"] not in self.NORMALIZERS + self.PRE_TOKENIZERS:
-                raise ValueError(f"the step {step['type']!r} is not known here")
-            if step["type"] == "Split" and (step["behavior"] != "Isolated" or step["invert"]):
-                raise ValueError(f"a Split that is {step['behavior']} or inverted is not known here")
+            if step["type"] not in self.KNOWN or step.get("invert") or step.get("behavior", "Isolated") != "Isolated":
+                raise ValueError(f"the step {step} is not known here")
         if model.get("type", "BPE") != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-            raise ValueError("only BPE without prefixes and suffixes is known here")
+            raise ValueError("of models only BPE without prefixes and suffixes is known here")
         self.vocab, self.unknown = model["vocab"], model["vocab"].get(model.get("unk_token"))
-        self.byte_fallback, self.fuse = model.get("byte_fallback", False), model.get("fuse_unk", False)
-        self.whole_words = model.get("ignore_merges", False)
+        self.byte_fallback, self.fuse = model.get("byte_fallback"), model.get("fuse_unk")
+        self.whole_words = model.get("ignore_merges")
         self.added = {token["content"]: token for token in content.get("added_tokens", []) if token["content"]}
 
     def __call__(self, text: str, plain: bool = False) -> list[int | str]:
@@ -278,13 +276,13 @@ class PublishedText:
     def take_added(self, text: str, normalized: bool, plain: bool) -> list[int | str]:
         """Cut text at added tokens, the leftmost and longest first; those with lstrip or rstrip take white space along."""
         tokens = {self.normalize(name) if normalized else name: token for name, token in self.added.items()
-                  if token.get("normalized", False) == normalized and not (plain and token.get("special"))}
+                  if bool(token.get("normalized")) == normalized and not (plain and token.get("special"))}
         if not tokens:
             return [text] if text else []
         parts, done = [], 0
         for match in re.finditer("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))), text):
             token, (start, stop) = tokens[match[0]], match.span()
-            if token.get("single_word") and (re.search(r"\w\Z", text[:start]) or re.match(r"\w", text[stop:])):
+            if token.get("single_word") and re.search(r"\w", text[max(0, start - 1):start] + text[stop:stop + 1]):
                 continue
             if token.get("lstrip"):
                 start = max(done, len(re.sub(rf"[{SPACE}]+\Z", "", text[:start])))
@@ -306,8 +304,7 @@ class PublishedText:
 
     @staticmethod
     def pattern(step: dict) -> re.Pattern:
-        kind, pattern = next(iter(step["pattern"].items()))
-        return to_python(pattern) if kind == "Regex" else re.compile(re.escape(pattern))
+        return to_python(step["pattern"].get("Regex") or re.escape(step["pattern"]["String"]))
 
     def words(self, text: str, is_first: bool) -> list[str]:
         """Normal text -> words. is_first: no added token stands before it."""
@@ -322,8 +319,7 @@ class PublishedText:
         if step["type"] == "Digits":
             return cut(to_python(r"\p{N}" if step["individual_digits"] else r"\p{N}+"), text)
         if step["type"] == "ByteLevel":
-            if step["add_prefix_space"] and not text.startswith(" "):
-                text = " " + text
+            text = " " + text if step["add_prefix_space"] and not text.startswith(" ") else text
             words = cut(to_python(GPT2_WORDS), text) if step.get("use_regex", True) else [text]
             return ["".join(LETTERS[byte] for byte in word.encode("utf-8", "surrogatepass")) for word in words]
         mark = step["replacement"]                            # Metaspace: a mark where a word begins

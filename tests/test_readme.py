@@ -8,6 +8,7 @@ import pytest
 import ablate
 import sample
 import train
+from test_published import PARITY
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -55,11 +56,23 @@ def test_every_flag_named_in_text_is_one_of_the_program(monkeypatch, capsys):
     assert len(named) > 20 and named - set(re.findall(r"--[a-z][a-z0-9-]*", known)) <= {"--clip", "--jobs"}
 
 
-def test_the_code_to_copy_runs(monkeypatch):
-    code = re.search(r"```python\n(.+?)```", README, re.DOTALL)[1]
+def test_the_code_to_copy_runs():
+    code = re.search(r"```python\n(.+?)```", README.split("## Copy one piece")[1], re.DOTALL)[1]
     code = code.replace("4096, 4096, r=256", "8, 8, r=2").replace("768, n_layers=12", "24, n_layers=2")
     code = code.replace("encoder_width=1408", "encoder_width=16")
     names = {"x": train.torch.randn(1, 3, 8), "is_image": train.torch.tensor([[True, False, False]]),
              "image_features": train.torch.randn(2, 5, 16)}
     exec(code, names)
     assert names["y"].shape == (1, 3, 8) and names["rows"].shape == (2, 32, 24)
+
+
+def test_the_code_that_loads_published_weights_runs_and_the_table_lists_them_all():
+    section = README.split("## From the toy")[1].split("\n## ")[0]
+    code = re.search(r"```python\n(.+?)```", section, re.DOTALL)[1]
+    for name, golden in (("SmolLM2-135M", "smollm2"), ("clip-vit-large-patch14", "clip")):
+        code = code.replace(name, str(ROOT / "tests" / "golden" / golden))
+    exec(code, names := {})
+    assert len(names["vit"].blocks) == 2 and names["decoder"].token_embedding.num_embeddings == 64
+    table = dict(re.findall(r"^\| ([^|]+) \| (\S+) \|$", section, re.MULTILINE))
+    assert [name for name in table if name not in ("what", "---")] == [*PARITY]
+    assert all(float(table[name]) < 1e-5 for name in PARITY)
