@@ -73,6 +73,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """How many ids there are, with those that stand for no text."""
         return len(self.bytes)
 
     @classmethod
@@ -133,7 +134,10 @@ class Tokenizer:
         if word not in self.cache:
             if len(self.cache) >= 100_000:
                 self.cache.clear()
-            self.cache[word] = self._join(self.published.symbols(word) if self.published else self._bytes_to_ids(word))
+            ids = self._join(self.published.symbols(word) if self.published else self._bytes_to_ids(word))
+            if len(word) > 64:                                # to LLaMA a whole text is one word
+                return ids
+            self.cache[word] = ids
         return self.cache[word]
 
     def _join(self, ids: list[int]) -> list[int]:
@@ -189,12 +193,13 @@ class Tokenizer:
             if tuple(content["specials"]) != SPECIALS:
                 raise ValueError(f"special tokens {content['specials']} are not {list(SPECIALS)}")
             return cls(content["merges"])
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, re.error) as error:
             raise ValueError(f"{path}: not a tokenizer that can be read here ({error})") from error
 
 
 # ---- Tokenizers published by others: the same merges, other ways of cutting text into words -----------
 
+@functools.cache
 def unicode_class(category: str) -> str:
     """All characters of a Unicode category ("L": letters, "N": numbers), to stand in a regex's brackets."""
     inside = [unicodedata.category(chr(code)).startswith(category) for code in range(sys.maxunicode + 1)] + [False]
@@ -211,6 +216,8 @@ def to_python(pattern: str) -> re.Pattern:
     """A regex as tokenizer.json has it: with \\p{L}, which Python lacks, and with Unicode's white space."""
     out, in_brackets = "", False
     for part in re.findall(r"\\p\{\w+\}|\\.|.", pattern, re.DOTALL):
+        if re.match(r"\\[pPX]", part) and not re.fullmatch(r"\\p\{[LMNPSZC][a-z]?\}", part):
+            raise ValueError(f"{part} in a pattern is not known here")
         if part.startswith("\\p") or part == r"\s":
             part = unicode_class(part[3:-1]) if part != r"\s" else SPACE
             part = part if in_brackets else f"[{part}]"
@@ -225,6 +232,8 @@ GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 SEEN = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that GPT-2's vocabulary writes as they are
 UNSEEN = [value for value in range(256) if value not in SEEN]
 LETTERS = [chr(value if value in SEEN else 256 + UNSEEN.index(value)) for value in range(256)]    # byte -> character
+BYTES = {letter: value for value, letter in enumerate(LETTERS)}
+WORDY = r"[\w\p{M}\u200c\u200d]"                              # what makes a word, to Rust
 
 
 def cut(pattern: re.Pattern, text: str) -> list[str]:
@@ -282,7 +291,7 @@ class PublishedText:
         parts, done = [], 0
         for match in re.finditer("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))), text):
             token, (start, stop) = tokens[match[0]], match.span()
-            if token.get("single_word") and re.search(r"\w", text[max(0, start - 1):start] + text[stop:stop + 1]):
+            if token.get("single_word") and to_python(WORDY).search(text[max(0, start - 1):start] + text[stop:stop + 1]):
                 continue
             if token.get("lstrip"):
                 start = max(done, len(re.sub(rf"[{SPACE}]+\Z", "", text[:start])))
@@ -310,7 +319,7 @@ class PublishedText:
         """Normal text -> words. is_first: no added token stands before it."""
         words = [text]
         for step in self.pre_tokenizers:
-            words = [part for word in words for part in self.split(step, word, is_first)]
+            words = [part for i, word in enumerate(words) for part in self.split(step, word, is_first and i == 0)]
         return words
 
     def split(self, step: dict, text: str, is_first: bool) -> list[str]:
@@ -323,7 +332,7 @@ class PublishedText:
             words = cut(to_python(GPT2_WORDS), text) if step.get("use_regex", True) else [text]
             return ["".join(LETTERS[byte] for byte in word.encode("utf-8", "surrogatepass")) for word in words]
         mark = step["replacement"]                            # Metaspace: a mark where a word begins
-        scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space") else "never")
+        scheme = step.get("prepend_scheme") or ("always" if step.get("add_prefix_space", True) else "never")
         text = text.replace(" ", mark)
         if (scheme == "always" or scheme == "first" and is_first) and not text.startswith(mark):
             text = mark + text
@@ -335,10 +344,11 @@ class PublishedText:
             return [self.vocab[word]]
         ids = []
         for character in word:
-            fallback = [self.vocab.get(f"<0x{byte:02X}>") for byte in character.encode("utf-8", "surrogatepass")]
             if character in self.vocab:
                 ids.append(self.vocab[character])
-            elif self.byte_fallback and None not in fallback:
+                continue
+            fallback = [self.vocab.get(f"<0x{byte:02X}>") for byte in character.encode("utf-8", "surrogatepass")]
+            if self.byte_fallback and None not in fallback:
                 ids += fallback
             elif self.unknown is not None and not (self.fuse and ids[-1:] == [self.unknown]):
                 ids.append(self.unknown)
@@ -348,15 +358,17 @@ class PublishedText:
 def published_tokenizer(content: dict) -> Tokenizer:
     """A tokenizer from the content of tokenizer.json and tokenizer_config.json."""
     tokenizer, text = Tokenizer([]), PublishedText(content)
-    tokenizer.published, tokenizer.merges = text, content["model"]["merges"]
-    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in tokenizer.merges]
+    tokenizer.published = text
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in content["model"]["merges"]]
     tokenizer.merge = {(text.vocab[a], text.vocab[b]): (rank, text.vocab[a + b]) for rank, (a, b) in enumerate(pairs)}
     is_byte_level = any(step["type"] == "ByteLevel" for step in text.pre_tokenizers)
     names = text.vocab | {name: token["id"] for name, token in text.added.items()}
+    if not all(type(token) is int and 0 <= token < 2**24 for token in names.values()):
+        raise ValueError("an id is not a number from 0 to 2^24")
     tokenizer.bytes = [b""] * (max(names.values()) + 1)
     for name, token in names.items():
-        if is_byte_level and name not in text.added and all(letter in LETTERS for letter in name):
-            tokenizer.bytes[token] = bytes(LETTERS.index(letter) for letter in name)
+        if is_byte_level and name not in text.added and BYTES.keys() >= set(name):
+            tokenizer.bytes[token] = bytes(BYTES[letter] for letter in name)
         elif text.byte_fallback and re.fullmatch("<0x[0-9A-F]{2}>", name):
             tokenizer.bytes[token] = bytes([int(name[3:5], 16)])
         else:
@@ -662,15 +674,16 @@ def parse_caption(record, folder: Path, name: str) -> tuple[list[list[Path]], li
     return [[existing(file, name)]], [("<image>", caption) for caption in captions]
 
 
-def read_captions(lines: list[str]) -> list[dict]:
+def read_captions(text: str) -> list[dict]:
     """Lines `file<TAB>caption`, or `file,caption` under a headline, several for an image -> one record an image.
     An end like "#3" of the file's name, the number of the caption, is dropped."""
-    rows = (line.split("\t", 1) for line in lines if line.strip())
-    if "\t" not in lines[0]:
-        rows = filter(None, csv.reader(lines[lines[0].strip() == "image,caption":]))
+    lines = [line for line in text.split("\n") if line.strip()]
+    rows = (line.split("\t", 1) for line in lines)
+    if "\t" not in "".join(lines[:1]):
+        rows = csv.reader(lines["".join(lines[:1]).strip() == "image,caption":], strict=True)
     captions = defaultdict(list)
     for file, *caption in rows:
-        captions[re.sub(r"#\d+$", "", file.strip())].append("".join(caption[:1]).strip())
+        captions[re.sub(r"#\d+$", "", file.strip())].append(",".join(caption).strip())
     return [{"image_id": file, "captions": texts} for file, texts in captions.items()]
 
 
@@ -680,7 +693,7 @@ def read_records(path: Path) -> tuple[list, str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix in (".txt", ".tsv"):
-            return read_captions(text.splitlines() or [""]), "captions"
+            return read_captions(text), "captions"
         if path.suffix == ".jsonl":
             content = []
             for number, line in enumerate(text.split("\n"), 1):

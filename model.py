@@ -150,7 +150,8 @@ class ViT(nn.Module):
         return torch.cat([self.position_embedding[:, :-self.grid[0] * self.grid[1]], patches], dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (N, 3, height, width), pixels in [-1, 1] -> (N, P [+ 1], Dv), the class token first."""
+        """images (N, 3, height, width), pixels in [-1, 1], those of published weights normalised as they were trained
+        -> (N, P [+ 1], Dv), the class token first."""
         grid = self._patch_grid(*images.shape[2:])
         x = self.patch_embedding(images).flatten(2).transpose(1, 2)               # (N, P, Dv)
         if self.class_token is not None:
@@ -175,6 +176,8 @@ class ViT(nn.Module):
         model = cls(**vit_options(config) | options)
         is_clip = "clip" in config["model_type"]
         fill(model, weights, CLIP_NAMES if is_clip else EVA_NAMES, ignored=VIT_IGNORED + "|post_layernorm" * is_clip)
+        if not 0 <= drop_last < len(model.blocks):
+            raise ValueError(f"drop_last {drop_last} must leave at least one of {len(model.blocks)} blocks")
         model.blocks = model.blocks[:len(model.blocks) - drop_last]
         return model
 
@@ -195,20 +198,21 @@ CLIP_NAMES = EVA_NAMES | {
 
 def vit_options(config: dict) -> dict:
     """What `ViT` must be built with to take the weights beside this config.json."""
-    kind = config.get("model_type")
+    kind, inner = config.get("model_type"), config.get("vision_config") or config
     if kind in ("clip", "clip_vision_model"):
         default, options = (224, 32, 768, 12, 12, 3072, "quick_gelu", 1e-5), {"pre_norm": True}
     elif kind in ("blip-2", "blip_2_vision_model"):
         default, options = (224, 14, 1408, 39, 16, 6144, "gelu", 1e-6), {"post_norm": True}
+        options |= sizes(inner, {"qkv_bias": ("qkv_bias", True)})
     else:
         raise ValueError(f"a ViT can take weights of the model types 'clip' and 'blip-2', not of {kind!r}")
-    keys = {"image_size": "image_size", "patch_size": "patch_size", "dim": "hidden_size", "n_layers": "num_hidden_layers",
-            "n_heads": "num_attention_heads", "mlp_ratio": "intermediate_size", "activation": "hidden_act",
-            "norm_eps": "layer_norm_eps"}
-    options |= sizes(config.get("vision_config") or config, dict(zip(keys, zip(keys.values(), default))))
+    keys = {"image_size": "image_size", "patch_size": "patch_size", "dim": "hidden_size",
+            "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "mlp_ratio": "intermediate_size",
+            "activation": "hidden_act", "norm_eps": "layer_norm_eps"}
+    options |= sizes(inner, dict(zip(keys, zip(keys.values(), default))))
     options["mlp_ratio"] /= options["dim"]
     if options["activation"] not in ACTIVATIONS:
-        raise ValueError(f"config.json: unknown activation {options['activation']!r}")
+        raise ValueError(f"config.json: unknown hidden_act {options['activation']!r}")
     return options
 
 
@@ -486,6 +490,8 @@ def gpt_options(config: dict) -> dict:
         "wo_bias": ("bias", True) if kind == "internlm2" else ("attention_bias", False)})
     options["qkv_bias"] = options["wo_bias"] or kind == "qwen2"
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json: expected an object for the rotary embedding, got {rope!r}")
     options |= sizes(config | rope, {"rope_theta": ("rope_theta", 10_000.0)})
     # "dynamic" changes nothing up to the length that the model was trained with.
     for key, value, known in (("rope_type", rope.get("rope_type", rope.get("type", "default")), ("default", "dynamic")),
@@ -700,7 +706,8 @@ class MLLM(nn.Module):
                         parameter.data = parameter.data.to(dtype)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """images (N, 3, height, width), pixels in [-1, 1] -> rows for the decoder (N, Q, D)."""
+        """images (N, 3, height, width), pixels as `ModelConfig.pixel_mean` and `pixel_std` say, by default in [-1, 1]
+        -> rows for the decoder (N, Q, D)."""
         return self.projector(self.qformer(self.ln_vision(self.vit(images))))
 
     def embed(self, input_ids: Tensor, images: Tensor | None) -> tuple[Tensor, Tensor | None]:

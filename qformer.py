@@ -30,6 +30,7 @@ import json
 import math
 import mmap
 import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -345,6 +346,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_json(path: Path) -> dict:
+    """A JSON object. Raises ValueError naming the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -357,11 +359,12 @@ def read_json(path: Path) -> dict:
 def read_bin(path: Path) -> dict[str, Tensor]:
     """The tensors that `torch.save` wrote. Runs no code from the file."""
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:                                # unpickling raises many kinds
         raise ValueError(f"{path}: not weights that can be read safely ({str(error).splitlines()[:1]})") from error
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(f"{path}: expected a dictionary of tensors")
+    if not isinstance(weights, dict) or not all(isinstance(name, str) and isinstance(value, Tensor) and
+                                                value.layout == torch.strided for name, value in weights.items()):
+        raise ValueError(f"{path}: expected a dictionary of names and dense tensors")
     return weights
 
 
@@ -379,25 +382,33 @@ def read_pretrained(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     files, place, tensors = found[:1], {}, {}
     if found[0].endswith(".json"):
         place = read_json(folder / found[0]).get("weight_map")
-        if not isinstance(place, dict) or not all(isinstance(file, str) and (folder / Path(file).name).is_file()
+        if not isinstance(place, dict) or not all(isinstance(file, str) and Path(file).name == file
                                                   for file in place.values()):
             raise ValueError(f"{folder / found[0]}: 'weight_map' must name, for each tensor, a file that lies beside it")
-        files = sorted({Path(file).name for file in place.values()})
+        files = sorted(set(place.values()))
+        if lost := [file for file in files if not (folder / file).is_file()]:
+            raise FileNotFoundError(f"{folder}: {lost[0]}, which {found[0]} lists, is not there")
     for file in files:
         tensors |= (read_safetensors if file.endswith(".safetensors") else read_bin)(folder / file)
     if lost := set(place) - set(tensors):
         raise ValueError(f"{folder}: {min(lost)!r}, which {found[0]} lists, is in none of its files")
-    return read_json(folder / "config.json"), {re.sub(r"^(model|bert|vision_model)\.", "", name): value
-                                               for name, value in tensors.items()}
+    weights = {re.sub(r"^(model|bert|vision_model)\.", "", name): value for name, value in tensors.items()}
+    if len(weights) < len(tensors):
+        raise ValueError(f"{folder}: two tensors have the same name but for its beginning")
+    return read_json(folder / "config.json"), weights
 
 
 def sizes(config: dict, wanted: dict[str, tuple]) -> dict:
-    """Constructor options from a config.json. wanted: for each its name in the file, and what it is if not there."""
+    """Constructor options from a config.json. wanted: for each its name in the file, and what it is if not there.
+    Raises ValueError naming what is not of that kind."""
+    if not isinstance(config, dict):
+        raise ValueError(f"config.json: expected an object of sizes, got {config!r}")
     options = {}
     for name, (key, default) in wanted.items():
         options[name] = value = default if config.get(key) is None else config[key]
-        if not isinstance(value, (int, float) if isinstance(default, float) else type(default)):
-            raise ValueError(f"config.json: {key} must be of type {type(default).__name__}, got {value!r}")
+        kinds = (int, float) if isinstance(default, float) else (type(default),)
+        if type(value) not in kinds or type(value) in (int, float) and not 0 < value < 1e9:
+            raise ValueError(f"config.json: {key} must be of type {kinds[-1].__name__} and positive, got {value!r}")
     return options
 
 
@@ -423,6 +434,8 @@ def fill(module: nn.Module, weights: dict[str, Tensor], names: dict[str, str], i
             raise ValueError(f"{name} of {type(module).__name__} is not filled: there is no {missing[0]!r}")
         parts = [weights[key] for key in theirs]
         shapes = [tuple(part.shape) for part in parts]
+        if not all(part.is_floating_point() for part in parts):
+            raise ValueError(f"{' + '.join(theirs)} holds {parts[0].dtype}, not floating-point numbers")
         fits = all(part.shape[1:] == parts[0].shape[1:] for part in parts[1:])
         value = torch.cat(parts) if len(parts) > 1 and fits else parts[0]
         while value.ndim < parameter.ndim:
@@ -438,15 +451,24 @@ def fill(module: nn.Module, weights: dict[str, Tensor], names: dict[str, str], i
 
 def qformer_options(config: dict) -> dict:
     """What `QFormer` must be built with to take the weights beside this config.json."""
-    wanted = {"dim": ("hidden_size", 768), "n_layers": ("num_hidden_layers", 12), "n_heads": ("num_attention_heads", 12),
-              "ffn_dim": ("intermediate_size", 3072), "norm_eps": ("layer_norm_eps", 1e-12)}
-    if config.get("model_type") == "bert":
-        options = sizes(config, wanted | {"vocab_size": ("vocab_size", 30522), "max_text_len": ("max_position_embeddings", 512)})
-        return options | {"n_queries": 32, "encoder_width": 1408}
-    if config.get("model_type") == "blip-2":
-        wanted |= {"encoder_width": ("encoder_hidden_size", 1408), "cross_attention_every": ("cross_attention_frequency", 2)}
-        return sizes(config.get("qformer_config", {}), wanted) | sizes(config, {"n_queries": ("num_query_tokens", 32)})
-    raise ValueError(f"a Q-Former can start from the model types 'blip-2' and 'bert', not {config.get('model_type')!r}")
+    kind = config.get("model_type")
+    if kind not in ("bert", "blip-2"):
+        raise ValueError(f"a Q-Former can start from the model types 'blip-2' and 'bert', not {kind!r}")
+    inner = config if kind == "bert" else config.get("qformer_config") or {}
+    wanted = {"dim": ("hidden_size", 768), "n_layers": ("num_hidden_layers", 12),
+              "n_heads": ("num_attention_heads", 12), "ffn_dim": ("intermediate_size", 3072),
+              "norm_eps": ("layer_norm_eps", 1e-12), "activation": ("hidden_act", "gelu")}
+    if kind == "bert":
+        options = sizes(inner, wanted | {"vocab_size": ("vocab_size", 30522),
+                                         "max_text_len": ("max_position_embeddings", 512)})
+        options |= {"n_queries": 32, "encoder_width": 1408}
+    else:
+        options = sizes(inner, wanted | {"encoder_width": ("encoder_hidden_size", 1408),
+                                         "cross_attention_every": ("cross_attention_frequency", 2)})
+        options |= sizes(config, {"n_queries": ("num_query_tokens", 32)})
+    if (activation := options.pop("activation")) != "gelu":
+        raise ValueError(f"config.json: hidden_act {activation!r} is not known here, only 'gelu'")
+    return options
 
 
 def qformer_names(layer: str, attention: str, query_ffn: str) -> dict[str, str]:
@@ -472,8 +494,8 @@ BERT_NAMES |= {name.replace("query_ffn", "text_ffn"): theirs for name, theirs in
 
 
 def fill_from_bert(model: QFormer, weights: dict[str, Tensor]) -> None:
+    """What BERT knows of text, in both feed-forward networks; the vector of its segment 0 is added to the positions."""
     weights = {re.sub("gamma$", "weight", re.sub("beta$", "bias", name)): value for name, value in weights.items()}
-    # To every token of a first segment, and there is no other here, BERT adds the same vector.
     positions, segments = "embeddings.position_embeddings.weight", "embeddings.token_type_embeddings.weight"
     if positions in weights and segments in weights:
         weights[positions] = weights[positions].float() + weights.pop(segments)[0].float()

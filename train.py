@@ -29,6 +29,7 @@ import time
 import urllib.request
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, fields, replace
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -151,6 +152,7 @@ def model_config(config: Config, tokenizer: Tokenizer) -> ModelConfig:
 # ---- Published parts ------------------------------------------------------------------------------
 
 def cache_folder(name: str) -> Path:
+    """Where `download` puts a published model."""
     return Path(torch.hub.get_dir()) / "published" / name
 
 
@@ -177,6 +179,8 @@ def download(name: str) -> Path:
         weights = [path for kind in (r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?",
                                      r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?")
                    for path in files if re.fullmatch(kind, path)]
+        if not weights:
+            raise ValueError("it has no weights in a form that is known here")
         is_safe = any(path.startswith("model") for path in weights)
         folder.mkdir(parents=True, exist_ok=True)
         for path in [text for text in texts if text in files] + [path for path in weights
@@ -190,39 +194,58 @@ def download(name: str) -> Path:
             if (folder / path).stat().st_size != size:
                 (folder / path).unlink()
                 raise OSError(f"{path} has not the {size} bytes that are published")
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, HTTPException) as error:
         raise ValueError(f"cannot download {name} from {source} ({error}). Or put its {', '.join(texts)} and weights "
                          f"(model*.safetensors or pytorch_model*.bin, with the .index.json if there is one) into "
                          f"{folder}") from error
     return folder
 
 
-def with_published(config: Config, image_size: bool) -> Config:
-    """The settings, with the sizes of the published parts in the place of ours. image_size: that of the ViT, too."""
+def normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the pixels that a published ViT was trained with."""
+    path = folder / "preprocessor_config.json"
+    content = read_json(path) if path.is_file() else {}
+    mean, std = (content.get(f"image_{name}") or PIXELS[name] for name in ("mean", "std"))
+    if not all(isinstance(values, (list, tuple)) and len(values) == 3 and
+               all(isinstance(value, (int, float)) and value > 0 for value in values) for values in (mean, std)):
+        raise ValueError(f"{path}: image_mean and image_std must be three positive numbers, got {mean} and {std}")
+    return tuple(mean), tuple(std)
+
+
+def with_published(config: Config, given: set[str]) -> Config:
+    """The settings, with the sizes of the published parts in the place of ours. given: names of the settings that were
+    asked for; raises ValueError when a part has another size."""
+    asked = {name: getattr(config, name) for name in given - {"image_size"}}
     if config.vit:
         folder = find_folder(config.vit)
-        sizes = vit_options(read_json(folder / "config.json"))
-        side, pixels = sizes.pop("image_size"), {}
-        if (folder / "preprocessor_config.json").is_file():
-            pixels = read_json(folder / "preprocessor_config.json")
+        sizes, (mean, std) = vit_options(read_json(folder / "config.json")), normalisation(folder)
+        side, depth = sizes.pop("image_size"), sizes.pop("n_layers")
+        if not 0 <= config.vit_drop_last < depth:
+            raise ValueError(f"vit_drop_last {config.vit_drop_last} must leave at least one of {depth} blocks")
         config = replace(config, patch_size=sizes.pop("patch_size"), vit_dim=sizes.pop("dim"),
-                         vit_layers=sizes.pop("n_layers") - config.vit_drop_last, vit_heads=sizes.pop("n_heads"),
-                         image_size=(side, side) if image_size else config.image_size, vit_options=sizes,
-                         pixel_mean=tuple(pixels.get("image_mean", PIXELS["mean"])),
-                         pixel_std=tuple(pixels.get("image_std", PIXELS["std"])))
+                         vit_layers=depth - config.vit_drop_last, vit_heads=sizes.pop("n_heads"), vit_options=sizes,
+                         image_size=config.image_size if "image_size" in given else (side, side),
+                         pixel_mean=mean, pixel_std=std)
     if config.qformer:
         sizes = qformer_options(read_json(find_folder(config.qformer) / "config.json"))
         from_bert, n_queries = bool(sizes.pop("vocab_size", 0)), sizes.pop("n_queries")
         sizes.pop("encoder_width")
+        if not from_bert and not config.vit:
+            raise ValueError("BLIP-2's Q-Former reads what its own ViT sees: give --vit, too")
         config = replace(config, qformer_dim=sizes.pop("dim"), qformer_layers=sizes.pop("n_layers"),
                          qformer_heads=sizes.pop("n_heads"), n_queries=config.n_queries if from_bert else n_queries,
-                         text_branch=from_bert, qformer_drop_last=config.qformer_drop_last * from_bert,
-                         qformer_options=sizes)
+                         text_branch=from_bert, qformer_options=sizes)
     if config.llm:
-        sizes = gpt_options(read_json(find_folder(config.llm) / "config.json"))
+        content = read_json(find_folder(config.llm) / "config.json")
+        sizes, longest = gpt_options(content), content.get("max_position_embeddings")
+        if isinstance(longest, int) and config.max_len > longest:
+            raise ValueError(f"max_len {config.max_len} is more than the {longest} tokens that {config.llm} can read")
         names = ("dim", "n_layers", "n_heads", "n_kv_heads", "rope_theta", "qkv_bias")
         config = replace(config, **{name: sizes.pop(name) for name in names}, decoder_options=sizes)
-    return config
+    for name, value in asked.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"{name} is {getattr(config, name)!r} in the published part, but {value!r} is asked for")
+    return config if config.text_branch else replace(config, qformer_drop_last=0)
 
 
 def published_parts(config: Config, asked: ModelConfig) -> dict[str, nn.Module]:
@@ -254,7 +277,7 @@ def make_tokenizer(config: Config, task: "Task") -> Tokenizer:
         return Tokenizer.train(corpus(task.train("read")), config.vocab_size)
     path = find_folder(config.llm) / "tokenizer.json"
     if not path.is_file():
-        raise FileNotFoundError(f"no {path}")
+        raise FileNotFoundError(f"no {path}: put one there that has the same ids (for Vicuna, TinyLlama's)")
     tokenizer = Tokenizer.load(path)
     if tokenizer.end is None:
         raise ValueError(f"{path}: no end symbol is known; tokenizer_config.json beside it names it as 'eos_token'")
@@ -717,8 +740,9 @@ def model_for(stage: str, config: Config, tokenizer: Tokenizer, out: Path, devic
             raise ValueError(f"{before} was trained with {name} {was!r}, but {value!r} is asked for: run an earlier "
                              "stage with it first")
     if stage == "align":
-        model.config = replace(model.config, qformer_drop_last=asked.qformer_drop_last)
-        model.drop_text_branch()                              # only `see` needs it
+        if model.config.text_branch:                          # only `see` needs it
+            model.config = replace(model.config, qformer_drop_last=asked.qformer_drop_last)
+            model.drop_text_branch()
         asked = dropped
     if asked.image_size != model.config.image_size:
         print(f"images of {asked.image_size} instead of {model.config.image_size}: positions are interpolated")
@@ -771,7 +795,7 @@ def settings(arguments: argparse.Namespace) -> Config:
     """The preset, with what the command line says over it."""
     given = {name: value for name, value in vars(arguments).items() if name in Config.__dataclass_fields__}
     config = replace(PRESETS[arguments.preset or ("gpu" if "cuda" in arguments.device else "cpu")], **given)
-    config = with_published(config, "image_size" not in given)
+    config = with_published(config, {*given})
     if config.data and "image_size" not in given and not config.vit:
         records = Conversations(config.data, config.images, config.skip_bad)
         config = replace(config, image_size=fit_image_size(config, records))
@@ -796,8 +820,10 @@ def main() -> None:
     stages = () if first == "evaluate" else (first,) if arguments.stage else needed[needed.index(first):]
     for stage in stages:
         who_learns(config, stage)                             # better an error now than hours later
-    if not stages and "image_size" not in arguments:
-        config = replace(config, image_size=MLLM.load(out / f"{STAGES[-1]}.pt").config.image_size)
+    if not stages:                                            # as the weights saw it, unless told otherwise
+        stored = torch.load(out / f"{STAGES[-1]}.pt", map_location="cpu", weights_only=True, mmap=True)["config"]
+        names = ("image_size", "fit", "max_len", "pixel_mean", "pixel_std")
+        config = replace(config, **{name: stored[name] for name in names if name not in arguments and name in stored})
     task = Task(config)
     if first == needed[0] and not state:
         make_tokenizer(config, task).save(out / "tokenizer.json")
@@ -817,17 +843,19 @@ def main() -> None:
 
     start = time.time()
     model = MLLM.load(out / f"{STAGES[-1]}.pt", device)
-    model = model.renewed(replace(model.config, image_size=config.image_size, max_len=config.max_len)).to(device)
-    collate = replace(collate, n_rows=model.config.n_rows)    # that of the weights, whatever the flags say
+    model = model.renewed(replace(model.config, image_size=config.image_size, max_len=config.max_len,
+                                  fit=config.fit)).to(device)
+    collate = make_collate(tokenizer, model.config)           # that of the weights, whatever the flags say
     metrics, shown = evaluate(model, task, collate, config)
-    history = {stage: torch.load(out / f"{stage}.pt", map_location="cpu", weights_only=True) for stage in needed}
-    seconds = {stage: history[stage]["seconds"] for stage in needed} | {"evaluate": time.time() - start}
+    history = {stage: torch.load(out / f"{stage}.pt", map_location="cpu", weights_only=True, mmap=True)
+               for stage in STAGES if (out / f"{stage}.pt").exists()}
+    seconds = {stage: history[stage]["seconds"] for stage in history} | {"evaluate": time.time() - start}
     metrics |= {"seconds": sum(seconds.values()), "seconds_by_stage": seconds,
                 "memory_gb": max(stage["memory"] for stage in history.values()),
-                "learning_parameters": {stage: history[stage]["learning"] for stage in needed},
+                "learning_parameters": {stage: history[stage]["learning"] for stage in history},
                 "device": str(device), "config": asdict(config)}
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2))
-    draw_curves({stage: history[stage]["losses"] for stage in needed}, out / "curves.png")
+    draw_curves({stage: history[stage]["losses"] for stage in history}, out / "curves.png")
     draw_samples(shown, out / "samples.png")
     print(f"\nafter {metrics['seconds']:.0f} s: {out}/metrics.json, curves.png, samples.png. "
           f"Try: python sample.py --out {out}")

@@ -520,6 +520,18 @@ def test_a_folder_of_captions_gives_each_as_a_sample_and_all_as_right_answers(tm
     assert [len(part.for_task("align")) for part in (held_out, records)] == [3, 1]     # no picture on both sides
 
 
+def test_a_line_of_captions_ends_where_its_line_ends_and_commas_belong_to_it(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (4, 2)).save(tmp_path / name)
+    for text in ("a.png\tA dog, brown\u2028runs\r\n\nb.png\tx\n", "a.png,A dog, brown\u2028runs\r\n\nb.png,x\n"):
+        (tmp_path / "captions.txt").write_bytes(text.encode())
+        turns = [sample.turns[0][1] for sample in Conversations(tmp_path).for_task("align")]
+        assert turns == ["A dog, brown\u2028runs", "x"]
+    (tmp_path / "captions.txt").write_text('a.png,"never closed\nb.png,x\n')
+    with pytest.raises(ValueError, match="captions.txt"):
+        Conversations(tmp_path)
+
+
 @pytest.mark.parametrize("text, message", [("", "at least one"), ("x.png\ta word\n", "no image file .*x.png"),
                                            ("a.png\t \n", "not empty"), ("a.png\n", "not empty"),
                                            ("a.png\t<image> of red\n", "no <image>")])

@@ -204,15 +204,62 @@ def test_what_is_missing_left_over_or_of_another_shape_is_named(llama):
             GPT.from_pretrained(folder, r=2)
 
 
-@pytest.mark.parametrize("part, change, message", [
-    (GPT, {"model_type": "gpt_neox"}, "gpt_neox"), (GPT, {"hidden_size": "16"}, "hidden_size must be of type int"),
-    (GPT, {"rope_parameters": {"rope_type": "llama3"}}, "rope_type 'llama3'"), (GPT, {"hidden_act": "gelu"}, "hidden_act"),
-    (GPT, {"head_dim": 32}, "head_dim 32"), (ViT, {}, "not of 'llama'"), (QFormer, {}, "not 'llama'")])
-def test_a_config_that_is_not_known_raises_and_says_what(part, change, message, llama):
-    config = json.loads((llama[0] / "config.json").read_text())
-    (llama[0] / "config.json").write_text(json.dumps(config | change))
+@pytest.mark.parametrize("part, family, change, message", [
+    (GPT, "llama", {"model_type": "gpt_neox"}, "gpt_neox"), (GPT, "llama", {"head_dim": 32}, "head_dim 32"),
+    (GPT, "llama", {"hidden_size": "16"}, "hidden_size must be of type int"),
+    (GPT, "llama", {"num_attention_heads": 0}, "positive, got 0"),
+    (GPT, "llama", {"num_hidden_layers": True}, "of type int and positive, got True"),
+    (GPT, "llama", {"rope_parameters": {"rope_type": "llama3"}}, "rope_type 'llama3'"),
+    (GPT, "llama", {"rope_parameters": [1]}, "rotary"), (GPT, "llama", {"hidden_act": "gelu"}, "hidden_act"),
+    (ViT, "clip", {"vision_config": [1]}, "expected an object"), (ViT, "llama", {}, "not of 'llama'"),
+    (ViT, "clip", {"vision_config": {"hidden_act": "swish"}}, "hidden_act 'swish'"), (QFormer, "llama", {}, "not 'llama'"),
+    (QFormer, "bert", {"hidden_act": "relu"}, "hidden_act 'relu'"),
+    (QFormer, "blip2", {"qformer_config": {"hidden_act": "relu"}}, "hidden_act 'relu'")])
+def test_a_config_that_is_not_known_raises_and_says_what(part, family, change, message, tmp_path):
+    shutil.copytree(GOLDEN / family, tmp_path / "x")
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    (tmp_path / "x" / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=message):
-        part.from_pretrained(llama[0])
+        part.from_pretrained(tmp_path / "x")
+
+
+@pytest.mark.parametrize("drop_last", [-1, 3, 5])
+def test_at_least_one_block_of_a_vit_stays(drop_last):
+    with pytest.raises(ValueError, match="at least one of 3 blocks"):
+        ViT.from_pretrained(GOLDEN / "clip", drop_last=drop_last)
+
+
+def test_a_vision_tower_without_biases_loads(tmp_path):
+    config, weights = read_pretrained(GOLDEN / "blip2")
+    config["vision_config"]["qkv_bias"] = False
+    weights = {name: value for name, value in weights.items() if not name.endswith("qkv.bias")}
+    write_safetensors(tmp_path / "model.safetensors", weights)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert ViT.from_pretrained(tmp_path).blocks[0].qkv.bias is None
+
+
+def spoiled_tokenizers():
+    """The content of a tokenizer.json with one thing wrong, and a word of the error."""
+    content = json.loads((GOLDEN / "tokenizers" / "qwen2" / "tokenizer.json").read_text())
+    regex = content["pre_tokenizer"]["pretokenizers"][0]
+    for pattern in (r"(?<!", r"\P{L}", r"\p{Han}", r"\pL", "["):
+        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        yield content | {"pre_tokenizer": split}
+    yield content | {"pre_tokenizer": regex | {"behavior": "Removed"}}
+    yield content | {"pre_tokenizer": {"type": "Whitespace"}}
+    yield content | {"normalizer": {"type": "Lowercase"}}
+    for number in (-3, 10**20, 10**9, "7", None):
+        yield content | {"added_tokens": [{"id": number, "content": "<x>", "special": True}]}
+    for change in ({"type": "WordPiece"}, {"vocab": []}, {"vocab": {}}, {"merges": [["a"]]}, {"merges": ["no_such pair"]},
+                   {"merges": 7}, {"end_of_word_suffix": "</w>"}):
+        yield content | {"model": content["model"] | change}
+
+
+@pytest.mark.parametrize("content", [*spoiled_tokenizers()])
+def test_a_tokenizer_that_cannot_be_followed_raises_and_is_named(content, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="tokenizer.json"):
+        Tokenizer.load(tmp_path / "tokenizer.json").encode("some text 12")
 
 
 def test_a_qformer_from_bert_starts_both_ffns_alike_and_sees_with_fresh_eyes():
@@ -247,7 +294,7 @@ def language_model(tmp_path):
 
 def run(monkeypatch, out, **values):
     values = dict(batch_size=2, read_samples=4, see_samples=4, align_samples=4, instruct_samples=4, eval_samples=4,
-                  workers=0, r=2, n_queries=3) | values
+                  workers=0, r=2) | values
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
     monkeypatch.setattr("sys.argv", ["train.py", "--device=cpu", "--no-bf16", f"--out={out}", *flags])
     train.main()
@@ -270,6 +317,43 @@ def test_a_run_on_published_parts_skips_their_stand_ins_and_keeps_what_is_frozen
     loaded, tokenizer = sample.load(out, "cpu")
     asked = Sample([Image.new("RGB", (40, 30))], [("<image> What?", None)])
     assert isinstance("".join(sample.stream(loaded, tokenizer, asked, 3)), str)
+
+
+def test_a_decoder_of_ones_own_can_join_published_eyes_and_is_measured_as_it_was_trained(tmp_path, monkeypatch):
+    both = dict(vit=GOLDEN / "blip2", qformer=GOLDEN / "blip2")
+    run(monkeypatch, tmp_path, **both, fit="pad", max_len=300, dim=16, n_layers=1, n_heads=2, n_kv_heads=2)
+    assert {path.stem for path in tmp_path.glob("*.pt")} == {"read", "align", "instruct"}
+    first = json.loads((tmp_path / "metrics.json").read_text())
+    run(monkeypatch, tmp_path, stage="evaluate")              # knows from the weights how they see
+    again = json.loads((tmp_path / "metrics.json").read_text())
+    assert {name: value for name, value in again.items() if "accuracy" in name} == {
+        name: value for name, value in first.items() if "accuracy" in name}
+    for name in ("image_size", "fit", "max_len", "pixel_mean", "pixel_std"):
+        assert again["config"][name] == first["config"][name] != getattr(train.Config(), name)
+
+
+def test_flags_that_published_parts_contradict_raise(language_model, monkeypatch, tmp_path):
+    eyes = dict(vit=GOLDEN / "clip", llm=language_model, max_len=100)
+    config = json.loads((language_model / "config.json").read_text())
+    (language_model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100}))
+    for flags, message in (
+            (dict(vit=GOLDEN / "blip2", qformer=GOLDEN / "blip2", n_queries=3), "n_queries is 5 in the published part"),
+            (eyes | dict(n_layers=9), "n_layers is 2"), (eyes | dict(vit_drop_last=3), "at least one of 3 blocks"),
+            (dict(qformer=GOLDEN / "blip2"), "give --vit"), (eyes | dict(max_len=101), "more than the 100 tokens"),
+            (eyes | dict(stage="read"), "stand-in for what is given"),
+            (dict(vit="me/none"), "--download me/none")):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            run(monkeypatch, tmp_path / "out", **flags)
+
+
+@pytest.mark.parametrize("spoiled", ["null", "0.5", "[1, 2]", "[1, 2, 0]", '["a", "b", "c"]'])
+def test_a_normalisation_that_is_none_raises_or_falls_back(spoiled, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(f'{{"image_mean": [0.5, 0.5, 0.5], "image_std": {spoiled}}}')
+    if spoiled == "null":
+        assert train.normalisation(tmp_path) == ((0.5, 0.5, 0.5), PIXELS["std"])
+    else:
+        with pytest.raises(ValueError, match="preprocessor_config.json.*three positive numbers"):
+            train.normalisation(tmp_path)
 
 
 def test_larger_pictures_interpolate_a_published_vit(language_model, tmp_path, monkeypatch):
