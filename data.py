@@ -167,7 +167,7 @@ class Tokenizer:
         return [token for token in ids if token is not None]
 
     def decode(self, ids) -> str:
-        """The text of ids (ints). Special tokens read as their names, broken UTF-8 as U+FFFD, unknown ids as nothing."""
+        """The text of ids (ints). Special tokens read as their names, broken UTF-8 as U+FFFD, unknown ids as ""."""
         data = b"".join(self.bytes[int(token)] for token in ids if int(token) < len(self.bytes))
         data = data.removeprefix(b" ") if not self.space else data
         try:
@@ -265,7 +265,8 @@ class PublishedText:
         for step in self.normalizers + self.pre_tokenizers:
             if step["type"] not in self.KNOWN or step.get("invert") or step.get("behavior", "Isolated") != "Isolated":
                 raise ValueError(f"the step {step} is not known here")
-        if model.get("type", "BPE") != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+        if model.get("type", "BPE") != "BPE" or affixes:
             raise ValueError("of models only BPE without prefixes and suffixes is known here")
         self.vocab, self.unknown = model["vocab"], model["vocab"].get(model.get("unk_token"))
         self.byte_fallback, self.fuse = model.get("byte_fallback"), model.get("fuse_unk")
@@ -283,7 +284,7 @@ class PublishedText:
         return words
 
     def take_added(self, text: str, normalized: bool, plain: bool) -> list[int | str]:
-        """Cut text at added tokens, the leftmost and longest first; those with lstrip or rstrip take white space along."""
+        """Cut text at added tokens, the leftmost and longest first; lstrip and rstrip take white space along."""
         tokens = {self.normalize(name) if normalized else name: token for name, token in self.added.items()
                   if bool(token.get("normalized")) == normalized and not (plain and token.get("special"))}
         if not tokens:
@@ -291,7 +292,8 @@ class PublishedText:
         parts, done = [], 0
         for match in re.finditer("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))), text):
             token, (start, stop) = tokens[match[0]], match.span()
-            if token.get("single_word") and to_python(WORDY).search(text[max(0, start - 1):start] + text[stop:stop + 1]):
+            around = text[max(0, start - 1):start] + text[stop:stop + 1]
+            if token.get("single_word") and to_python(WORDY).search(around):
                 continue
             if token.get("lstrip"):
                 start = max(done, len(re.sub(rf"[{SPACE}]+\Z", "", text[:start])))
@@ -304,7 +306,7 @@ class PublishedText:
     def normalize(self, text: str) -> str:
         for step in self.normalizers:
             if step["type"] == "Prepend":
-                text = text and step["prepend"] + text
+                text = step["prepend"] + text
             elif step["type"] == "Replace":
                 text = self.pattern(step).sub(lambda _: step["content"], text)
             else:
@@ -360,7 +362,8 @@ def published_tokenizer(content: dict) -> Tokenizer:
     tokenizer, text = Tokenizer([]), PublishedText(content)
     tokenizer.published = text
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in content["model"]["merges"]]
-    tokenizer.merge = {(text.vocab[a], text.vocab[b]): (rank, text.vocab[a + b]) for rank, (a, b) in enumerate(pairs)}
+    ids = text.vocab
+    tokenizer.merge = {(ids[a], ids[b]): (rank, ids[a + b]) for rank, (a, b) in enumerate(pairs)}
     is_byte_level = any(step["type"] == "ByteLevel" for step in text.pre_tokenizers)
     names = text.vocab | {name: token["id"] for name, token in text.added.items()}
     if not all(type(token) is int and 0 <= token < 2**24 for token in names.values()):

@@ -188,7 +188,8 @@ VIT_IGNORED = r".*position_ids|text_|visual_projection|logit_scale|qformer\.|que
 EVA_NAMES = {"class_token": "embeddings.class_embedding", "patch_embedding": "embeddings.patch_embedding",
              "position_embedding": "embeddings.position_embedding", "post_norm": "post_layernorm",
              "blocks.*.norm1": "encoder.layers.*.layer_norm1", "blocks.*.norm2": "encoder.layers.*.layer_norm2",
-             "blocks.*.qkv": "encoder.layers.*.self_attn.qkv", "blocks.*.out_proj": "encoder.layers.*.self_attn.projection",
+             "blocks.*.qkv": "encoder.layers.*.self_attn.qkv",
+             "blocks.*.out_proj": "encoder.layers.*.self_attn.projection",
              "blocks.*.mlp.0": "encoder.layers.*.mlp.fc1", "blocks.*.mlp.2": "encoder.layers.*.mlp.fc2"}
 CLIP_NAMES = EVA_NAMES | {
     "position_embedding": "embeddings.position_embedding.weight", "pre_norm": "pre_layrnorm",
@@ -480,7 +481,7 @@ def gpt_options(config: dict) -> dict:
     """What `GPT` must be built with to take the weights beside this config.json."""
     kind = config.get("model_type")
     if kind not in ("llama", "qwen2", "internlm2"):
-        raise ValueError(f"a GPT can take weights of the model types 'llama', 'qwen2' and 'internlm2', not of {kind!r}")
+        raise ValueError(f"a GPT can take weights of the model types llama, qwen2 and internlm2, not of {kind!r}")
     options = sizes(config, {
         "vocab_size": ("vocab_size", {"llama": 32000, "qwen2": 151936, "internlm2": 103168}[kind]),
         "dim": ("hidden_size", 4096), "n_layers": ("num_hidden_layers", 32), "n_heads": ("num_attention_heads", 32),
@@ -493,12 +494,12 @@ def gpt_options(config: dict) -> dict:
     if not isinstance(rope, dict):
         raise ValueError(f"config.json: expected an object for the rotary embedding, got {rope!r}")
     options |= sizes(config | rope, {"rope_theta": ("rope_theta", 10_000.0)})
-    # "dynamic" changes nothing up to the length that the model was trained with.
-    for key, value, known in (("rope_type", rope.get("rope_type", rope.get("type", "default")), ("default", "dynamic")),
-                              ("hidden_act", config.get("hidden_act", "silu"), ("silu",)),
-                              ("use_sliding_window", bool(config.get("use_sliding_window")), (False,)),
-                              ("head_dim", config.get("head_dim") or options["dim"] // options["n_heads"],
-                               (options["dim"] // options["n_heads"],))):
+    head_dim = options["dim"] // options["n_heads"]
+    for key, value, known in (                                # "dynamic" is about texts longer than those of training
+            ("rope_type", rope.get("rope_type", rope.get("type", "default")), ("default", "dynamic")),
+            ("hidden_act", config.get("hidden_act", "silu"), ("silu",)),
+            ("use_sliding_window", bool(config.get("use_sliding_window")), (False,)),
+            ("head_dim", config.get("head_dim") or head_dim, (head_dim,))):
         if value not in known:
             raise ValueError(f"config.json: {key} {value!r} is not known here, only {known}")
     return options

@@ -312,13 +312,14 @@ class QFormer(nn.Module):
 
 # ---- Weights published by others: not needed to understand the model ------------------------------
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+          "BOOL": torch.bool}
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file: eight bytes that hold the length of a JSON header; the header, which holds
-    dtype, shape and place of each tensor; their bytes. These are mapped into memory, so that only what is used is read.
+    dtype, shape and place of each tensor; their bytes, which are mapped into memory, so that only what is used is read.
 
     Raises ValueError when header and file do not fit each other to the byte.
     """
@@ -334,8 +335,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
                 dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
                 count = math.prod(shape)
                 start, stop = 8 + length + start, 8 + length + stop
-                if start != end or stop > size or stop - start != count * dtype.itemsize or min([0, *shape]) < 0:
-                    raise ValueError(f"{name!r}, {entry['dtype']} {shape}, cannot lie in bytes {start} to {stop} of {size}")
+                if start != end or stop - start != count * dtype.itemsize:
+                    raise ValueError(f"{name!r}, {entry['dtype']} {shape}, cannot lie in bytes {start} to {stop}")
                 flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start) if count else torch.empty(0)
                 tensors[name], end = flat.to(dtype).view(shape), stop
             if end != size:
@@ -384,7 +385,7 @@ def read_pretrained(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
         place = read_json(folder / found[0]).get("weight_map")
         if not isinstance(place, dict) or not all(isinstance(file, str) and Path(file).name == file
                                                   for file in place.values()):
-            raise ValueError(f"{folder / found[0]}: 'weight_map' must name, for each tensor, a file that lies beside it")
+            raise ValueError(f"{folder / found[0]}: 'weight_map' must name a file beside it for each tensor")
         files = sorted(set(place.values()))
         if lost := [file for file in files if not (folder / file).is_file()]:
             raise FileNotFoundError(f"{folder}: {lost[0]}, which {found[0]} lists, is not there")
@@ -413,7 +414,8 @@ def sizes(config: dict, wanted: dict[str, tuple]) -> dict:
 
 
 @torch.no_grad()
-def fill(module: nn.Module, weights: dict[str, Tensor], names: dict[str, str], ignored: str = "-", fresh: str = "-") -> None:
+def fill(module: nn.Module, weights: dict[str, Tensor], names: dict[str, str], ignored: str = "-",
+         fresh: str = "-") -> None:
     """Copy published weights into a module.
 
     names: our names -> theirs, "*" for the number of a block, without the last part where it is the same ("weight",
@@ -428,7 +430,8 @@ def fill(module: nn.Module, weights: dict[str, Tensor], names: dict[str, str], i
         number = re.findall(r"blocks\.(\d+)", name)
         general = re.sub(r"blocks\.\d+", "blocks.*", name)
         stem, _, last = general.rpartition(".")
-        theirs = names[general].split() if general in names else [f"{key}.{last}" for key in names.get(stem, "?").split()]
+        theirs = [f"{key}.{last}" for key in names.get(stem, "?").split()]
+        theirs = names[general].split() if general in names else theirs
         theirs = [key.replace("*", *number) if number else key for key in theirs]
         if missing := [key for key in theirs if key not in weights]:
             raise ValueError(f"{name} of {type(module).__name__} is not filled: there is no {missing[0]!r}")
@@ -472,11 +475,12 @@ def qformer_options(config: dict) -> dict:
 
 
 def qformer_names(layer: str, attention: str, query_ffn: str) -> dict[str, str]:
-    """The names in a block of BLIP-2 or BERT, which differ in how they call self-attention and a feed-forward network."""
+    """The names in a block of BLIP-2 or BERT, which call self-attention and a feed-forward network differently."""
     names = {"blocks.*.query_ffn.0": f"{layer}.intermediate{query_ffn}.dense",
              "blocks.*.query_ffn.2": f"{layer}.output{query_ffn}.dense",
              "blocks.*.query_ffn_norm": f"{layer}.output{query_ffn}.LayerNorm"}
-    for ours, theirs, inner in (("self_attention", "attention", attention), ("cross_attention", "crossattention", "attention")):
+    for ours, theirs, inner in (("self_attention", "attention", attention),
+                                ("cross_attention", "crossattention", "attention")):
         for mine, its in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
             names[f"blocks.*.{ours}.{mine}"] = f"{layer}.{theirs}.{inner}.{its}"
         names[f"blocks.*.{ours}.out_proj"] = f"{layer}.{theirs}.output.dense"
@@ -490,16 +494,17 @@ BERT_NAMES = {"embedding_norm": "embeddings.LayerNorm", "word_embedding": "embed
               "position_embedding": "embeddings.position_embeddings", "lm_head.3.bias": "cls.predictions.bias",
               "lm_head.0": "cls.predictions.transform.dense", "lm_head.2": "cls.predictions.transform.LayerNorm",
               **qformer_names("encoder.layer.*", "self", "")}
-BERT_NAMES |= {name.replace("query_ffn", "text_ffn"): theirs for name, theirs in BERT_NAMES.items() if "query_ffn" in name}
+BERT_NAMES |= {name.replace("query", "text"): theirs for name, theirs in BERT_NAMES.items() if "query_ffn" in name}
 
 
 def fill_from_bert(model: QFormer, weights: dict[str, Tensor]) -> None:
-    """What BERT knows of text, in both feed-forward networks; the vector of its segment 0 is added to the positions."""
+    """What BERT knows of text, in both feed-forward networks. The vector of segment 0 is added to the positions."""
     weights = {re.sub("gamma$", "weight", re.sub("beta$", "bias", name)): value for name, value in weights.items()}
     positions, segments = "embeddings.position_embeddings.weight", "embeddings.token_type_embeddings.weight"
     if positions in weights and segments in weights:
         weights[positions] = weights[positions].float() + weights.pop(segments)[0].float()
-    fresh, ignored = "query_tokens|.*cross_attention|itc_|itm_|temperature", "pooler|.*position_ids|cls.seq|cls.*decoder"
+    fresh = "query_tokens|.*cross_attention|itc_|itm_|temperature"
+    ignored = "pooler|.*position_ids|cls.seq|cls.*decoder"
     if not model.has_text_branch:
         ignored += "|cls|embeddings.(word|position)"
     elif len(model.word_embedding.weight) != len(weights.get("embeddings.word_embeddings.weight", ())):

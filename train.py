@@ -7,8 +7,9 @@
     instruct   questions, descriptions    stage 2 of the papers
 
 The papers start from downloaded parts; `read` and `see` (stage 0) make small stand-ins for those that are not given
-(`--vit`, `--qformer`, `--llm`). Each stage starts from the weight file of the one before and writes its own, `out/<stage>.pt`. At the end the model is
-questioned about pictures it never saw: `metrics.json`, `curves.png` and `samples.png` in `out/`.
+(`--vit`, `--qformer`, `--llm`). Each stage starts from the weight file of the one before and writes its own,
+`out/<stage>.pt`. At the end the model is questioned about pictures it never saw: `metrics.json`, `curves.png` and
+`samples.png` in `out/`.
 
     python train.py                           everything, with the preset of your device
     python train.py --recipe minigpt4         another published choice of who learns when

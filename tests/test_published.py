@@ -21,7 +21,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 import sample  # noqa: E402
 import train  # noqa: E402
-from data import NOT_LEARNED, Sample, Tokenizer, encode_turns  # noqa: E402
+from data import NOT_LEARNED, PublishedText, Sample, Tokenizer, encode_turns, to_python  # noqa: E402
 from model import GPT, MLLM, PIXELS, ViT  # noqa: E402
 from qformer import QFormer, read_pretrained, read_safetensors  # noqa: E402
 
@@ -90,6 +90,16 @@ def test_decoding_gives_the_text_back(family, tmp_path):
         assert saved.encode(text) == ids and saved.end == tokenizer.end and saved.vocab_size == tokenizer.vocab_size
 
 
+def test_patterns_mean_what_they_mean_to_unicode():
+    for text, pattern, whole in (("\x1c", r"\s", False), ("\x1c", r"\S", True), ("\x85\u2003", r"[\s]+", True),
+                                 ("\xb2\u2167\u0663", r"\p{N}+", True), ("\u4e00", r"\p{N}", False),
+                                 ("\xe9\u5b57", r"[\p{L}]+", True), ("_", r"\p{L}", False), ("a1", r"[^\p{L}]+", False)):
+        assert bool(to_python(pattern).fullmatch(text)) == whole, (ascii(text), pattern)
+    text = PublishedText({"model": {"vocab": {}}})
+    for single, parts in ((True, ["a", "1", "2", "b"]), (False, ["a", "12", "b"])):
+        assert text.split({"type": "Digits", "individual_digits": single}, "a12b", True) == parts
+
+
 def test_plain_text_cannot_fake_a_special_token():
     for family in IDS:
         tokenizer = Tokenizer.load(GOLDEN / "tokenizers" / family / "tokenizer.json")
@@ -147,7 +157,8 @@ def test_safetensors_of_all_dtypes_read_as_written_even_where_bytes_are_not_alig
 def test_a_safetensors_file_cut_anywhere_or_too_long_raises_and_is_named(tmp_path):
     write_safetensors(tmp_path / "x.safetensors", {"a": torch.ones(4), "b": torch.ones(2, 2)})
     whole = (tmp_path / "x.safetensors").read_bytes()
-    for spoiled in [whole[:length] for length in range(len(whole))] + [whole + b"\0"]:
+    huge = (2**63).to_bytes(8, "little") + whole[8:]
+    for spoiled in [whole[:length] for length in range(len(whole))] + [whole + b"\0", huge]:
         (tmp_path / "x.safetensors").write_bytes(spoiled)
         with pytest.raises(ValueError, match="x.safetensors"):
             read_safetensors(tmp_path / "x.safetensors")
@@ -164,6 +175,15 @@ def test_a_safetensors_header_that_does_not_fit_raises(change, tmp_path):
         (tmp_path / "x.safetensors").write_bytes(len(words).to_bytes(8, "little") + words + bytes(16 * len(header)))
         with pytest.raises(ValueError, match="x.safetensors"):
             read_safetensors(tmp_path / "x.safetensors")
+
+
+def test_tensors_that_overlap_raise_even_where_the_last_ends_with_the_file(tmp_path):
+    header = {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]},
+              "b": {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}}
+    words = json.dumps(header).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(words).to_bytes(8, "little") + words + bytes(32))
+    with pytest.raises(ValueError, match="'b'.*cannot lie"):
+        read_safetensors(tmp_path / "x.safetensors")
 
 
 def test_code_in_a_pickle_is_not_run(llama):
@@ -281,14 +301,14 @@ def language_model(tmp_path):
     folder = tmp_path / "llm"
     shutil.copytree(GOLDEN / "tokenizers" / "smollm2", folder)
     sizes = dict(hidden_size=16, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24, num_hidden_layers=2,
-                 vocab_size=430, tie_word_embeddings=True)
+                 vocab_size=420, tie_word_embeddings=True)
     (folder / "config.json").write_text(json.dumps(sizes | {"model_type": "llama"}))
     shapes = {"input_layernorm": (16,), "post_attention_layernorm": (16,), "self_attn.q_proj": (16, 16),
               "self_attn.k_proj": (8, 16), "self_attn.v_proj": (8, 16), "self_attn.o_proj": (16, 16),
               "mlp.gate_proj": (24, 16), "mlp.up_proj": (24, 16), "mlp.down_proj": (16, 24)}
     tensors = {f"model.layers.{i}.{name}.weight": torch.randn(shape) / 4 for i in (0, 1) for name, shape in shapes.items()}
     write_safetensors(folder / "model.safetensors", tensors | {
-        "model.embed_tokens.weight": torch.randn(430, 16), "model.norm.weight": torch.ones(16)})
+        "model.embed_tokens.weight": torch.randn(420, 16), "model.norm.weight": torch.ones(16)})
     return folder
 
 
@@ -324,7 +344,7 @@ def test_a_decoder_of_ones_own_can_join_published_eyes_and_is_measured_as_it_was
     run(monkeypatch, tmp_path, **both, fit="pad", max_len=300, dim=16, n_layers=1, n_heads=2, n_kv_heads=2)
     assert {path.stem for path in tmp_path.glob("*.pt")} == {"read", "align", "instruct"}
     first = json.loads((tmp_path / "metrics.json").read_text())
-    run(monkeypatch, tmp_path, stage="evaluate")              # knows from the weights how they see
+    run(monkeypatch, tmp_path, stage="evaluate", n_queries=3)  # knows from the weights how they see
     again = json.loads((tmp_path / "metrics.json").read_text())
     assert {name: value for name, value in again.items() if "accuracy" in name} == {
         name: value for name, value in first.items() if "accuracy" in name}
