@@ -98,6 +98,17 @@ def test_patterns_mean_what_they_mean_to_unicode():
     text = PublishedText({"model": {"vocab": {}}})
     for single, parts in ((True, ["a", "1", "2", "b"]), (False, ["a", "12", "b"])):
         assert text.split({"type": "Digits", "individual_digits": single}, "a12b", True) == parts
+    mark = {"type": "Metaspace", "replacement": "_", "prepend_scheme": "first", "split": False}
+    text.pre_tokenizers = [{"type": "Digits", "individual_digits": True}, mark]
+    assert text.words("a1", True) == ["_a", "1"] and text.words("a1", False) == ["a", "1"]
+
+
+def test_whole_texts_are_not_kept_in_memory():
+    tokenizer = Tokenizer.load(GOLDEN / "tokenizers" / "llama" / "tokenizer.json")     # where they are one word
+    tokenizer.encode("a short one")
+    kept = len(tokenizer.cache)
+    tokenizer.encode("a long one " * 9)
+    assert len(tokenizer.cache) == kept > 0
 
 
 def test_plain_text_cannot_fake_a_special_token():
@@ -208,6 +219,9 @@ def test_a_list_of_files_may_not_leave_the_folder_and_must_keep_its_word(llama):
     shutil.copy(folder.parent / "outside.safetensors", folder / "inside.safetensors")
     index.write_text(json.dumps({"weight_map": dict.fromkeys([*tensors, "lost.weight"], "inside.safetensors")}))
     with pytest.raises(ValueError, match="'lost.weight'"):
+        read_pretrained(folder)
+    (folder / "inside.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="inside.safetensors"):
         read_pretrained(folder)
 
 
@@ -453,6 +467,9 @@ def test_download_fetches_what_is_needed_once_and_checks_it(hub):
             train.download("me/tiny")
         assert not (folder / spoiled).exists()
         files[spoiled] = right
+    listing[:] = listing[:2]
+    with pytest.raises(ValueError, match="no weights"):
+        train.download("me/tiny")
 
 
 def test_offline_the_error_says_which_files_to_put_where(hub, monkeypatch):
