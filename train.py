@@ -29,8 +29,10 @@ import sys
 import time
 import urllib.request
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from http.client import HTTPException
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -513,10 +515,9 @@ ANSWER_TOKENS = 64                       # the longest answer in an evaluation
 SHORT = 4                                # words, up to which an answer must be right to the letter
 
 
-def single_questions(samples) -> list[tuple[Sample, tuple[str, ...]]]:
+def single_questions(samples) -> Iterator[tuple[Sample, tuple[str, ...]]]:
     """Each turn of each sample as a question with the true turns before it, and its right answers. The kind "answer",
     which is that of records of one's own, becomes "text" where the first right answer is long."""
-    asked = []
     for sample in samples:
         for i, (question, truth) in enumerate(sample.turns):
             turns = sample.turns[:i] + [(question, None)]
@@ -524,8 +525,7 @@ def single_questions(samples) -> list[tuple[Sample, tuple[str, ...]]]:
             n_images = sum(sample.frames[:n]) if sample.frames else n
             kind = "text" if sample.kind == "answer" and len(truth.split()) > SHORT else sample.kind
             prompt = replace(sample, images=sample.images[:n_images], turns=turns, frames=sample.frames[:n], kind=kind)
-            asked.append((prompt, tuple(text.strip() for text in sample.references or (truth,))))
-    return asked
+            yield prompt, tuple(text.strip() for text in sample.references or (truth,))
 
 
 def bleu4(answers: list[str], references: list[tuple[str, ...]]) -> float:
@@ -547,28 +547,27 @@ def bleu4(answers: list[str], references: list[tuple[str, ...]]) -> float:
     return precision * math.exp(min(0, 1 - nearest / length))
 
 
-def answer(model: MLLM, prompts: list[Sample], collate: Collate, config: Config, blind: bool = False) -> list[str]:
-    """The model's likeliest answer to each prompt. blind: all are shown the pictures of others, where there are any.
+def prompt_ids(prompts: Iterable[Sample], collate: Collate) -> list[Tensor]:
+    """The ids of prompts. Raises ValueError naming one that leaves no room for an answer."""
+    ids = []
+    for prompt in prompts:
+        turns = encode_turns(collate.tokenizer, prompt.turns, collate.n_rows, 10**9, prompt.name, prompt.frames)
+        ids.append(torch.tensor(turns[0]))
+        if len(ids[-1]) + ANSWER_TOKENS > collate.max_len:
+            raise ValueError(f"{prompt.name}: {len(ids[-1])} tokens and an answer of up to {ANSWER_TOKENS} do not "
+                             f"fit in max_len {collate.max_len}")
+    return ids
 
-    Raises ValueError naming a prompt that leaves no room for an answer.
-    """
-    device, end, answers = next(model.parameters()).device, collate.tokenizer.end, []
+
+def answer(model: MLLM, prompts: list[Sample], collate: Collate, config: Config, blind: bool = False) -> list[str]:
+    """The model's likeliest answer to each prompt. blind: all are shown the pictures of others, where there are any."""
+    device, end = next(model.parameters()).device, collate.tokenizer.end
     model.eval()
-    for start in range(0, len(prompts), 100):
-        some, ids = prompts[start:start + 100], []
-        for prompt in some:
-            turns = encode_turns(collate.tokenizer, prompt.turns, collate.n_rows, 10**9, prompt.name, prompt.frames)
-            ids.append(torch.tensor(turns[0]))
-            if len(ids[-1]) + ANSWER_TOKENS > model.config.max_len:
-                raise ValueError(f"{prompt.name}: {len(ids[-1])} tokens and an answer of up to {ANSWER_TOKENS} do not "
-                                 f"fit in max_len {model.config.max_len}")
-        images = collate.images(some)
-        images = images.roll(len(images) // 2 * blind, dims=0).to(device)
-        with autocast(device, config):
-            tokens = torch.stack(list(model.generate(ids, images, ANSWER_TOKENS, end)), dim=1)
-        answers += [collate.tokenizer.decode(row[:row.index(end)] if end in row else row).strip()
-                    for row in tokens.tolist()]
-    return answers
+    images = collate.images(prompts)
+    images = images.roll(len(images) // 2 * blind, dims=0).to(device)
+    with autocast(device, config):
+        tokens = torch.stack([*model.generate(prompt_ids(prompts, collate), images, ANSWER_TOKENS, end)], dim=1)
+    return [collate.tokenizer.decode(row[:row.index(end)] if end in row else row).strip() for row in tokens.tolist()]
 
 
 def by_kind(prompts: list[Sample], right: list[bool]) -> dict[str, float]:
@@ -588,23 +587,27 @@ def most_frequent(prompts: list[Sample], truths: list[tuple[str, ...]]) -> list[
 
 def examine(model: MLLM, samples, collate: Collate, config: Config) -> tuple[dict, list]:
     """Exact match on every question of samples, but BLEU-4 on those of kind "text": {"all", "blind", "floor": share
-    right, "bleu4": {...} or {}, "kinds": {...}}, and each (prompt, answer, truths)."""
-    prompts, truths = zip(*single_questions(samples))
+    right, "bleu4": {...} or {}, "kinds": {...}}, and each (prompt, answer, truths); pictures of the first few only."""
+    prompts, truths, given = [], [], {"all": [], "blind": [], "floor": []}
+    questions = single_questions(samples)
+    while some := list(islice(questions, 100)):
+        asked = [prompt for prompt, _ in some]
+        given["all"] += answer(model, asked, collate, config)
+        given["blind"] += answer(model, asked, collate, config, blind=True)
+        prompts += asked if not prompts else [replace(prompt, images=[]) for prompt in asked]
+        truths += [truth for _, truth in some]
+    given["floor"] = most_frequent(prompts, truths)
     results, kinds, bleu = {}, {}, {}
     long = [i for i, prompt in enumerate(prompts) if prompt.kind == "text"]
     short = [i for i, prompt in enumerate(prompts) if prompt.kind != "text"]
-    for name, given in (("all", answer(model, prompts, collate, config)),
-                        ("blind", answer(model, prompts, collate, config, blind=True)),
-                        ("floor", most_frequent(prompts, truths))):
-        right = [given[i] in truths[i] for i in short]
+    for name, answers in given.items():
+        right = [answers[i] in truths[i] for i in short]
         kinds[name] = by_kind([prompts[i] for i in short], right)
         if short:
             results[name] = sum(right) / len(right)
         if long:
-            bleu[name] = kinds[name]["text, BLEU-4"] = bleu4([given[i] for i in long], [truths[i] for i in long])
-        if name == "all":
-            answered = list(zip(prompts, given, truths))
-    return results | {"bleu4": bleu, "kinds": kinds}, answered
+            bleu[name] = kinds[name]["text, BLEU-4"] = bleu4([answers[i] for i in long], [truths[i] for i in long])
+    return results | {"bleu4": bleu, "kinds": kinds}, list(zip(prompts, given["all"], truths))
 
 
 def attributes_right(described: list[tuple[str, str]]) -> dict[str, float]:
@@ -830,6 +833,9 @@ def main() -> None:
         make_tokenizer(config, task).save(out / "tokenizer.json")
     tokenizer = Tokenizer.load(out / "tokenizer.json")
     collate = make_collate(tokenizer, config)
+
+    if task.own and stages and stages[-1] == STAGES[-1]:      # better an error now than at the very end
+        prompt_ids((prompt for prompt, _ in single_questions(task.test["qa"])), collate)
 
     for stage in stages:
         start = time.time() - (state["seconds"] if state else 0)

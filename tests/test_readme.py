@@ -69,7 +69,7 @@ def test_the_code_to_copy_runs():
 def test_the_code_that_loads_published_weights_runs_and_the_table_lists_them_all():
     section = README.split("## From the toy")[1].split("\n## ")[0]
     code = re.search(r"```python\n(.+?)```", section, re.DOTALL)[1]
-    for name, golden in (("SmolLM2-135M", "smollm2"), ("clip-vit-large-patch14", "clip")):
+    for name, golden in (("HuggingFaceTB/SmolLM2-135M", "smollm2"), ("openai/clip-vit-base-patch16", "clip")):
         code = code.replace(name, str(ROOT / "tests" / "golden" / golden))
     exec(code, names := {})
     assert len(names["vit"].blocks) == 2 and names["decoder"].token_embedding.num_embeddings == 64

@@ -207,6 +207,15 @@ def test_a_question_that_leaves_no_room_for_an_answer_is_named(parts):
         train.answer(model, [long], collate, config)
 
 
+def test_a_held_out_question_that_is_too_long_stops_the_run_before_it_starts(tmp_path, monkeypatch):
+    records = [{"id": i, "conversations": [{"from": "human", "value": "word " * (400 if i == 0 else 1)},
+                                           {"from": "gpt", "value": "yes"}]} for i in range(40)]
+    (tmp_path / "my.json").write_text(json.dumps(records))
+    with pytest.raises(ValueError, match="record 0 .*do not fit in max_len 300"):
+        run(monkeypatch, tmp_path / "out", "--image-size", "48", "48", data=tmp_path / "my.json", max_len=300)
+    assert not list((tmp_path / "out").glob("*.pt"))
+
+
 def test_a_loss_without_weight_leaves_its_head_without_a_gradient(parts):
     config, task, model, collate = parts
     batch = next(iter(task.batches("see", collate, 0, 1)))
