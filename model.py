@@ -16,6 +16,7 @@ B texts, N images, T tokens, P patches, Q queries or other rows of an image, H h
 Hkv key/value heads, Dh head width, D decoder width, Dv vision width, Dq Q-Former width,
 V vocabulary, L longest cached sequence.
 """
+import os
 import types
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -586,6 +587,35 @@ def part_of(parameter_name: str) -> str:
     return "vit" if module == "ln_vision" else module
 
 
+def write_whole(content: dict, path: str | Path) -> None:
+    """`torch.save`, but the file appears whole or not at all, whenever the process or the machine stops. Raises OSError
+    when it cannot be written; what was there before then stays."""
+    part = Path(f"{path}.part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())                           # on the disk before it takes the old one's place
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} ({error}); what was saved before is still there") from error
+
+
+def read_whole(path: str | Path, device: str | torch.device, needed: tuple[str, ...]) -> dict:
+    """What `write_whole` wrote. Runs no code from the file. Raises FileNotFoundError, or ValueError when it is none or
+    lacks one of the keys needed."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no {path}")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:                                # unpickling raises many kinds
+        raise ValueError(f"{path} is damaged or not of this program ({str(error).splitlines()[:1]})") from error
+    if not isinstance(content, dict) or not {*needed} <= content.keys():
+        raise ValueError(f"{path} is not of this program: it needs {', '.join(needed)}")
+    return content
+
+
 def stay_in_eval(self: nn.Module, mode: bool = True) -> nn.Module:
     """What `.train()` becomes on a frozen module: nothing."""
     return self
@@ -788,14 +818,18 @@ class MLLM(nn.Module):
             is_adapted = ADAPTED[self.config.lora_on](tokens[:, None], False)
             logits = self.decoder(x, is_adapted, (lengths + step)[:, None], cache)[:, -1]
 
-    def save(self, path, **extra) -> None:
-        """Write config and weights, and what `extra` names, to one file."""
-        torch.save({"config": asdict(self.config), "model": self.state_dict(), **extra}, path)
+    def save(self, path: str | Path, **extra) -> None:
+        """Write config and weights, and what `extra` names, to one file, whole or not at all."""
+        write_whole({"config": asdict(self.config), "model": self.state_dict(), **extra}, path)
 
     @classmethod
-    def load(cls, path, device: str | torch.device = "cpu") -> "MLLM":
-        """The model that `save` wrote. Runs no code from the file (`weights_only=True`)."""
-        state = torch.load(path, map_location=device, weights_only=True)
-        model = cls(ModelConfig(**state["config"])).to(device)
-        model.load_state_dict(state["model"])
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "MLLM":
+        """The model that `save` wrote. Runs no code from the file. Raises FileNotFoundError, or ValueError when the
+        file is none of a model or does not fit its own config."""
+        state = read_whole(path, device, ("config", "model"))
+        try:
+            model = cls(ModelConfig(**state["config"])).to(device)
+            model.load_state_dict(state["model"])
+        except (TypeError, RuntimeError, AttributeError) as error:
+            raise ValueError(f"{path}: weights and settings do not fit this program ({error})") from error
         return model

@@ -25,11 +25,13 @@ import json
 import math
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import urllib.request
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from http.client import HTTPException
 from itertools import islice
@@ -42,7 +44,8 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from data import Collate, Conversations, Sample, SceneSpec, Scenes, Tokenizer, contact_sheet, corpus, encode_turns
-from model import CONNECTORS, GPT, MERGED, MLLM, PARTS, PIXELS, ModelConfig, ViT, gpt_options, part_of, vit_options
+from model import (CONNECTORS, GPT, MERGED, MLLM, PARTS, PIXELS, ModelConfig, ViT, gpt_options, part_of, read_whole,
+                   vit_options, write_whole)
 from qformer import QFormer, qformer_options, read_json
 
 STAGES = ("read", "see", "align", "instruct")
@@ -330,27 +333,41 @@ class Task:
         return Scenes(self.spec, stage, 2**40, "train", c.seed,
                       c.read_turns if stage == "read" else c.instruct_turns)
 
-    def batches(self, stage: str, collate: Collate, step: int, steps: int) -> DataLoader:
-        """Micro-batches from `step` on. The order is a function of seed and stage alone, so a resumed run sees
-        just what an uninterrupted one would have seen."""
-        c, dataset = self.config, self.train(stage)
+    def order(self, stage: str, n: int, step: int, steps: int) -> Sequence[int]:
+        """Which of n samples the steps from `step` on see: a function of seed and stage alone, so that a resumed run
+        sees just what an uninterrupted one would have seen."""
+        c = self.config
         start, stop = step * c.batch_size, steps * c.batch_size
-        if self.own:
-            n, order = len(dataset), []
-            for epoch in range(stop // n + 1):
-                generator = torch.Generator().manual_seed(c.seed + 1000 * STAGES.index(stage) + epoch)
-                order += torch.randperm(n, generator=generator).tolist()
-            sampler = order[start:stop]
-        else:
+        if not self.own:
             first = sum(stage_samples(c, earlier) for earlier in STAGES[:STAGES.index(stage)])
-            sampler = range(first + start, first + stop)      # no scene twice
+            return range(first + start, first + stop)         # no scene twice
+        order = []
+        for epoch in range(stop // n + 1):
+            generator = torch.Generator().manual_seed(c.seed + 1000 * STAGES.index(stage) + epoch)
+            order += torch.randperm(n, generator=generator).tolist()
+        return order[start:stop]
+
+    def names(self, stage: str, step: int) -> list[str]:
+        """The names of the samples of a step."""
+        dataset = self.train(stage)
+        return [dataset[i].name for i in self.order(stage, len(dataset), step, step + 1)]
+
+    def batches(self, stage: str, collate: Collate, step: int, steps: int) -> DataLoader:
+        """Micro-batches from `step` on."""
+        c, dataset = self.config, self.train(stage)
+        sampler = self.order(stage, len(dataset), step, steps)
         if stage == "see":                                    # published Q-Formers know so many positions
             longest = min(c.max_len, c.qformer_options.get("max_text_len", c.max_len))
             collate_fn = replace(collate, max_len=longest).pairs
         else:
             collate_fn = collate.conversations
         return DataLoader(dataset, c.batch_size // c.accumulate, sampler=sampler, num_workers=c.workers,
-                          collate_fn=collate_fn)
+                          collate_fn=collate_fn, worker_init_fn=leave_ctrl_c)
+
+
+def leave_ctrl_c(worker: int) -> None:
+    """A worker goes on at Ctrl-C, which is for the process that trains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def make_collate(tokenizer: Tokenizer, config: ModelConfig) -> Collate:
@@ -453,16 +470,58 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def save_state(path: Path, **state) -> None:
-    """Write all that a run needs to go on as if it had never stopped."""
+def save_state(out: Path, **state) -> None:
+    """Write all that a run needs to go on as if it had never stopped; the state before stays beside it."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    torch.save(state | dict(cpu_rng=torch.get_rng_state(), cuda_rng=cuda), path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)                # whole or not at all
+    write_whole(state | dict(cpu_rng=torch.get_rng_state(), cuda_rng=cuda), out / "resume_new.pt")
+    for old, new in (("resume.pt", "resume_before.pt"), ("resume_new.pt", "resume.pt")):
+        if (out / old).exists():
+            os.replace(out / old, out / new)
 
 
-def train_stage(model: MLLM, stage: str, task: Task, collate: Collate, config: Config, out: Path,
-                start: float, state: dict | None = None) -> list[float]:
-    """Run one stage, or the rest of it from `state`, and return the loss of each step."""
+def load_state(out: Path, device: torch.device) -> dict:
+    """The last state that is whole. Raises FileNotFoundError when there is none."""
+    for name in STATES:
+        try:
+            return read_whole(out / name, device, ("config", "stage", "losses", "seconds", "model", "optimizers",
+                                                   "cpu_rng", "cuda_rng"))
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            print(f"{error}: taking the state before")
+    raise FileNotFoundError(f"nothing to resume: there is no whole {out / STATES[0]}")
+
+
+STATES = ("resume.pt", "resume_before.pt")
+SKIPPED = 10                             # so many steps in a row that had to be skipped stop a run
+
+
+class CtrlC:
+    """In a with-block, the first Ctrl-C sets `asked`, the second stops at once."""
+    asked = False
+
+    def __enter__(self) -> "CtrlC":
+        if threading.current_thread() is threading.main_thread():                # no other may
+            self.before = signal.signal(signal.SIGINT, self)
+        return self
+
+    def __call__(self, *_) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nCtrl-C: finishing this step; once more stops at once", file=sys.stderr)
+
+    def __exit__(self, *_) -> None:
+        if hasattr(self, "before"):
+            signal.signal(signal.SIGINT, self.before)
+
+
+def train_stage(model: MLLM, stage: str, task: Task, collate: Collate, config: Config, out: Path, start: float,
+                state: dict | None = None, ctrl_c: CtrlC = CtrlC()) -> list[float]:
+    """Run one stage, or the rest of it from `state`, and return the loss of each step, NaN for those whose loss or
+    gradient was not finite and which changed nothing.
+
+    Raises ValueError naming the records when many steps in a row were such, KeyboardInterrupt after Ctrl-C.
+    """
     device = next(model.parameters()).device
     steps = max(1, stage_samples(config, stage) // config.batch_size)
     model.train_only(who_learns(config, stage))
@@ -493,19 +552,25 @@ def train_stage(model: MLLM, stage: str, task: Task, collate: Collate, config: C
                 loss = loss / config.accumulate
             loss.backward()
             total += loss.detach()
-        nn.utils.clip_grad_norm_(learning, config.clip)
+        norm = nn.utils.clip_grad_norm_(learning, config.clip)
+        losses.append(total.item() if (total + norm).isfinite() else math.nan)
         for optimizer in optimizers:
-            optimizer.step()
+            if not math.isnan(losses[-1]):
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        losses.append(total.item())
-        if step % 10 == 0:
+        if len(losses) >= SKIPPED and all(map(math.isnan, losses[-SKIPPED:])):
+            raise ValueError(f"{stage}: loss or gradient was not finite in {SKIPPED} steps in a row; the last saw "
+                             + ", ".join(task.names(stage, step)))
+        if step % 10 == 0 or math.isnan(losses[-1]):
             rate = config.batch_size * (bar.format_dict["rate"] or 0)
             lr = getattr(config, f"{stage}_lr") * schedule(step, steps, config.warmup)
-            bar.set_postfix_str(f"loss {losses[-1]:.4f}, lr {lr:.1e}, {rate:.0f} samples/s")
-        if (step + 1) % config.save_every == 0 and step + 1 < steps:
-            save_state(out / "resume.pt", config=asdict(config), stage=stage, losses=losses,
-                       seconds=time.time() - start, model=model.state_dict(),
-                       optimizers=[optimizer.state_dict() for optimizer in optimizers])
+            skipped = f", {sum(map(math.isnan, losses))} skipped" if any(map(math.isnan, losses)) else ""
+            bar.set_postfix_str(f"loss {losses[-1]:.4f}, lr {lr:.1e}, {rate:.0f} samples/s{skipped}")
+        if ctrl_c.asked or (step + 1) % config.save_every == 0 and step + 1 < steps:
+            save_state(out, config=asdict(config), stage=stage, losses=losses, seconds=time.time() - start,
+                       model=model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers])
+        if ctrl_c.asked:
+            raise KeyboardInterrupt(f"stopped after step {step + 1} of {stage!r} and saved: go on with --resume")
     return losses
 
 
@@ -658,6 +723,7 @@ def draw_curves(losses: dict[str, list[float]], path: Path, width: int = 360, he
     canvas = ImageDraw.Draw(sheet)
     for panel, (stage, values) in enumerate(losses.items()):
         window = max(1, len(values) // 50)
+        values = [value for value in values if math.isfinite(value)] or [1.0]
         smooth = [max(1e-6, sum(part) / len(part)) for part in
                   (values[i:i + window] for i in range(0, len(values) - window + 1, window))]
         low, high = math.log(min(smooth)), math.log(max(smooth))
@@ -753,12 +819,6 @@ def model_for(stage: str, config: Config, tokenizer: Tokenizer, out: Path, devic
     return model.renewed(asked).to(device)
 
 
-def load_state(path: Path, device: torch.device) -> dict:
-    if not path.exists():
-        raise FileNotFoundError(f"nothing to resume: there is no {path}")
-    return torch.load(path, map_location=device, weights_only=True)
-
-
 def fit_image_size(config: Config, conversations: Conversations) -> tuple[int, int]:
     """(height, width) for own pictures: the preset's size is the shorter side, the longer one follows the shape
     of the first picture, in whole patches."""
@@ -815,7 +875,7 @@ def main() -> None:
         return print("\n".join(str(download(name)) for name in arguments.download))
     out, device = arguments.out, torch.device(arguments.device)
     out.mkdir(parents=True, exist_ok=True)
-    state = load_state(out / "resume.pt", device) if arguments.resume else None
+    state = load_state(out, device) if arguments.resume else None
     config = Config(**state["config"]) if state else settings(arguments)
     needed = stages_of(config)
     first = state["stage"] if state else arguments.stage or needed[0]
@@ -837,11 +897,14 @@ def main() -> None:
     if task.own and stages and stages[-1] == STAGES[-1]:      # better an error now than at the very end
         prompt_ids((prompt for prompt, _ in single_questions(task.test["qa"])), collate)
 
+    for name in STATES if stages and not state else ():       # of another run
+        (out / name).unlink(missing_ok=True)
     for stage in stages:
         start = time.time() - (state["seconds"] if state else 0)
         model = model_for(stage, config, tokenizer, out, device)
         report(model, config, stage)
-        losses = train_stage(model, stage, task, collate, config, out, start, state)
+        with CtrlC() as ctrl_c:
+            losses = train_stage(model, stage, task, collate, config, out, start, state, ctrl_c)
         model.save(out / f"{stage}.pt", losses=losses, seconds=time.time() - start, memory=peak_memory(device),
                    learning=count_parameters(model, who_learns(config, stage)))
         state = None
@@ -864,6 +927,8 @@ def main() -> None:
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2))
     draw_curves({stage: history[stage]["losses"] for stage in history}, out / "curves.png")
     draw_samples(shown, out / "samples.png")
+    for name in STATES:                                       # there is nothing left to resume
+        (out / name).unlink(missing_ok=True)
     print(f"\nafter {metrics['seconds']:.0f} s: {out}/metrics.json, curves.png, samples.png. "
           f"Try: python sample.py --out {out}")
 
@@ -871,5 +936,8 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt as stop:
+        print(f"train.py: {stop or 'stopped'}", file=sys.stderr)
+        sys.exit(130)
