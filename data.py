@@ -625,9 +625,13 @@ class BadRecord(ValueError):
     """A record that cannot be trained on; the message names the file and the record."""
 
 
-def existing(path: Path, name: str) -> Path:
+def existing(folder: Path, file: str, name: str) -> Path:
+    """The path of a file that lies in a folder, also after links are followed. Raises BadRecord."""
+    path = folder / file
     if not os.path.isfile(path):                              # False, too, for names no file can have
         raise BadRecord(f"{name}: no image file {path}")
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise BadRecord(f"{name}: {file!r} leaves the folder {folder}")
     return path
 
 
@@ -662,7 +666,7 @@ def parse_record(record, folder: Path, name: str) -> tuple[list[list[Path]], lis
     placeholders = sum(question.count("<image>") for question, _ in turns)
     if placeholders != len(images):
         raise BadRecord(f"{name}: {placeholders} <image> placeholders in the text, but {len(images)} images")
-    return [[existing(folder / frame, name) for frame in clip] for clip in clips], turns
+    return [[existing(folder, frame, name) for frame in clip] for clip in clips], turns
 
 
 def parse_caption(record, folder: Path, name: str) -> tuple[list[list[Path]], list[tuple[str, str]]]:
@@ -673,8 +677,8 @@ def parse_caption(record, folder: Path, name: str) -> tuple[list[list[Path]], li
     for caption in captions:
         if not isinstance(caption, str) or not caption.strip() or "<image>" in caption:
             raise BadRecord(f"{name}: 'caption' must be a text that is not empty and holds no <image>")
-    file = folder / (record["image_id"] if "captions" in record else f"{record['image_id']}.jpg")
-    return [[existing(file, name)]], [("<image>", caption) for caption in captions]
+    file = record["image_id"] if "captions" in record else f"{record['image_id']}.jpg"
+    return [[existing(folder, file, name)]], [("<image>", caption) for caption in captions]
 
 
 def read_captions(text: str) -> list[dict]:
@@ -754,11 +758,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+Image.init()
+FORMATS = [name for name in Image.OPEN if name != "EPS"]      # a program, which Pillow would have Ghostscript run
+
+
 def read_image(path: str | Path, name: str = "") -> Image.Image:
     """The picture as RGB, turned as its EXIF data say. Raises BadRecord when it is missing, broken or larger than
     Pillow's limit for what is no attack (89 million pixels)."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are too many")
             return to_rgb(ImageOps.exif_transpose(image))

@@ -608,7 +608,7 @@ def read_whole(path: str | Path, device: str | torch.device, needed: tuple[str, 
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no {path}")
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location=device, weights_only=True, mmap=True)
     except Exception as error:                                # unpickling raises many kinds
         raise ValueError(f"{path} is damaged or not of this program ({str(error).splitlines()[:1]})") from error
     if not isinstance(content, dict) or not {*needed} <= content.keys():

@@ -76,6 +76,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    sys.stdout.reconfigure(errors="replace")                  # bytes that are no text, in the question or the answer
     model, tokenizer = load(args.out, args.device)
     asked = Sample([read_image(path) for path in args.image], [])
     if not asked.images:

@@ -876,7 +876,10 @@ def main() -> None:
     out, device = arguments.out, torch.device(arguments.device)
     out.mkdir(parents=True, exist_ok=True)
     state = load_state(out, device) if arguments.resume else None
-    config = Config(**state["config"]) if state else settings(arguments)
+    try:
+        config = Config(**state["config"]) if state else settings(arguments)
+    except TypeError as error:
+        raise ValueError(f"{out / STATES[0]} is of another version of this program ({error})") from error
     needed = stages_of(config)
     first = state["stage"] if state else arguments.stage or needed[0]
     if first not in (*needed, "evaluate"):
@@ -885,7 +888,7 @@ def main() -> None:
     for stage in stages:
         who_learns(config, stage)                             # better an error now than hours later
     if not stages:                                            # as the weights saw it, unless told otherwise
-        stored = torch.load(out / f"{STAGES[-1]}.pt", map_location="cpu", weights_only=True, mmap=True)["config"]
+        stored = read_whole(out / f"{STAGES[-1]}.pt", "cpu", ("config",))["config"]
         names = ("image_size", "fit", "max_len", "pixel_mean", "pixel_std")
         config = replace(config, **{name: stored[name] for name in names if name not in arguments and name in stored})
     task = Task(config)
@@ -917,7 +920,7 @@ def main() -> None:
                                   fit=config.fit)).to(device)
     collate = make_collate(tokenizer, model.config)           # that of the weights, whatever the flags say
     metrics, shown = evaluate(model, task, collate, config)
-    history = {stage: torch.load(out / f"{stage}.pt", map_location="cpu", weights_only=True, mmap=True)
+    history = {stage: read_whole(out / f"{stage}.pt", "cpu", ("losses", "seconds", "memory", "learning"))
                for stage in STAGES if (out / f"{stage}.pt").exists()}
     seconds = {stage: history[stage]["seconds"] for stage in history} | {"evaluate": time.time() - start}
     metrics |= {"seconds": sum(seconds.values()), "seconds_by_stage": seconds,
