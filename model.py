@@ -830,6 +830,6 @@ class MLLM(nn.Module):
         try:
             model = cls(ModelConfig(**state["config"])).to(device)
             model.load_state_dict(state["model"])
-        except (TypeError, RuntimeError, AttributeError) as error:
+        except Exception as error:                            # whatever odd settings lead to
             raise ValueError(f"{path}: weights and settings do not fit this program ({error})") from error
         return model

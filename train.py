@@ -17,8 +17,9 @@ The papers start from downloaded parts; `read` and `see` (stage 0) make small st
     python train.py --resume                  go on where an interrupted run stopped
     python train.py --data my.json            your own pictures and conversations, or a folder of captions
     python train.py --download NAME           fetch a published model; then --vit, --qformer or --llm NAME
+    torchrun --nproc_per_node=4 train.py      on four GPUs, or in four processes: batches are shared out
 
-Left out on purpose: several GPUs, exponential averages of weights, early stopping.
+Left out on purpose: exponential averages of weights, early stopping.
 """
 import argparse
 import json
@@ -32,6 +33,7 @@ import time
 import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from http.client import HTTPException
 from itertools import islice
@@ -39,11 +41,13 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from data import Collate, Conversations, Sample, SceneSpec, Scenes, Tokenizer, contact_sheet, corpus, encode_turns
+from data import (NOT_LEARNED, Collate, Conversations, Sample, SceneSpec, Scenes, Tokenizer, contact_sheet, corpus,
+                  encode_turns)
 from model import (CONNECTORS, GPT, MERGED, MLLM, PARTS, PIXELS, ModelConfig, ViT, gpt_options, part_of, read_whole,
                    vit_options, write_whole)
 from qformer import QFormer, qformer_options, read_json
@@ -353,16 +357,18 @@ class Task:
         return [dataset[i].name for i in self.order(stage, len(dataset), step, step + 1)]
 
     def batches(self, stage: str, collate: Collate, step: int, steps: int) -> DataLoader:
-        """Micro-batches from `step` on."""
-        c, dataset = self.config, self.train(stage)
-        sampler = self.order(stage, len(dataset), step, steps)
+        """Micro-batches from `step` on, of each the part of this process."""
+        c, dataset, (rank, world) = self.config, self.train(stage), rank_and_world()
+        sampler, n = self.order(stage, len(dataset), step, steps), c.batch_size // c.accumulate // world
+        if world > 1:
+            sampler = [index for i, index in enumerate(sampler) if i // n % world == rank]
         if stage == "see":                                    # published Q-Formers know so many positions
             longest = min(c.max_len, c.qformer_options.get("max_text_len", c.max_len))
             collate_fn = replace(collate, max_len=longest).pairs
         else:
             collate_fn = collate.conversations
-        return DataLoader(dataset, c.batch_size // c.accumulate, sampler=sampler, num_workers=c.workers,
-                          collate_fn=collate_fn, worker_init_fn=leave_ctrl_c)
+        return DataLoader(dataset, n, sampler=sampler, num_workers=c.workers, collate_fn=collate_fn,
+                          worker_init_fn=leave_ctrl_c)
 
 
 def leave_ctrl_c(worker: int) -> None:
@@ -395,6 +401,49 @@ def who_learns(config: Config, stage: str) -> tuple[str, ...]:
     return learns
 
 
+# ---- Several processes ----------------------------------------------------------------------------
+
+def rank_and_world() -> tuple[int, int]:
+    """The number of this process and how many there are: 0 and 1 without `torchrun`."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def join_processes(device: torch.device) -> torch.device:
+    """Meet the other processes of `torchrun`, if it started this one. Returns the device of this process; only the
+    first one prints and writes."""
+    if "RANK" not in os.environ:
+        return device
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if rank_and_world()[0]:
+        sys.stdout = open(os.devnull, "w")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return device
+
+
+def wait_for_all() -> None:
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def mean_of_all(values: Tensor) -> Tensor:
+    """The mean over all processes."""
+    if distributed.is_initialized():
+        distributed.all_reduce(values)
+        values = values / rank_and_world()[1]
+    return values
+
+
+def share_of_tokens(batch: dict[str, Tensor], pad_id: int) -> Tensor | float:
+    """The trained tokens of this process over the mean of all: a factor for its loss, with which the mean over
+    processes is the mean over tokens."""
+    if not distributed.is_initialized():
+        return 1.0
+    trained = batch["labels"][:, 1:] != NOT_LEARNED if "labels" in batch else batch["text"][:, 1:] != pad_id
+    return trained.sum() / mean_of_all(trained.sum().float())
+
+
 # ---- How a stage learns ---------------------------------------------------------------------------
 
 def stage_loss(model: MLLM, stage: str, batch: dict[str, Tensor], config: Config) -> Tensor:
@@ -419,6 +468,17 @@ def stage_loss(model: MLLM, stage: str, batch: dict[str, Tensor], config: Config
     if config.itm_weight:
         loss = loss + config.itm_weight * model.qformer.itm_loss(features, text, similarity)
     return loss
+
+
+class StageLoss(nn.Module):
+    """`stage_loss` as a module, for that is what DistributedDataParallel wraps."""
+
+    def __init__(self, model: MLLM, stage: str, config: Config):
+        super().__init__()
+        self.model, self.stage, self.config = model, stage, config
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return stage_loss(self.model, self.stage, batch, self.config) * share_of_tokens(batch, self.model.config.pad_id)
 
 
 def make_optimizers(model: MLLM, config: Config, stage: str) -> list[torch.optim.Optimizer]:
@@ -472,8 +532,13 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
 
 def save_state(out: Path, **state) -> None:
     """Write all that a run needs to go on as if it had never stopped; the state before stays beside it."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    write_whole(state | dict(cpu_rng=torch.get_rng_state(), cuda_rng=cuda), out / "resume_new.pt")
+    rank, world = rank_and_world()
+    rng = [(torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None)] * world
+    if world > 1:
+        distributed.all_gather_object(rng, rng[0])
+    if rank:
+        return
+    write_whole(state | {"rng": rng}, out / "resume_new.pt")
     for old, new in (("resume.pt", "resume_before.pt"), ("resume_new.pt", "resume.pt")):
         if (out / old).exists():
             os.replace(out / old, out / new)
@@ -484,7 +549,7 @@ def load_state(out: Path, device: torch.device) -> dict:
     for name in STATES:
         try:
             return read_whole(out / name, device, ("config", "stage", "losses", "seconds", "model", "optimizers",
-                                                   "cpu_rng", "cuda_rng"))
+                                                   "rng"))
         except FileNotFoundError:
             continue
         except ValueError as error:
@@ -522,37 +587,45 @@ def train_stage(model: MLLM, stage: str, task: Task, collate: Collate, config: C
 
     Raises ValueError naming the records when many steps in a row were such, KeyboardInterrupt after Ctrl-C.
     """
-    device = next(model.parameters()).device
+    device, (rank, world) = next(model.parameters()).device, rank_and_world()
     steps = max(1, stage_samples(config, stage) // config.batch_size)
     model.train_only(who_learns(config, stage))
     if config.half_frozen and stage not in STAGE_0:
         model.cast_frozen(torch.bfloat16)
     optimizers, losses = make_optimizers(model, config, stage), state["losses"] if state else []
-    torch.manual_seed(config.seed + STAGES.index(stage))
+    torch.manual_seed(config.seed + STAGES.index(stage) + 10_000 * rank)
     batches = iter(task.batches(stage, collate, len(losses), steps))  # draws from the generator
     if state:
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-        torch.set_rng_state(state["cpu_rng"].cpu())
+        if len(state["rng"]) != world:
+            raise ValueError(f"{len(state['rng'])} processes were stopped, {world} cannot go on in their place")
+        torch.set_rng_state(state["rng"][rank][0].cpu())
         if device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"].cpu())
+            torch.cuda.set_rng_state(state["rng"][rank][1].cpu())
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not learning:
         raise ValueError(f"nothing would learn in {stage!r}: {', '.join(who_learns(config, stage))} has no parameters")
-    bar = tqdm(range(len(losses), steps), stage, steps, initial=len(losses), unit="step", dynamic_ncols=True)
+    loss_of = StageLoss(model, stage, config)
+    if world > 1:
+        loss_of = DistributedDataParallel(loss_of, find_unused_parameters=True)  # not all losses use all heads
+    bar = tqdm(range(len(losses), steps), stage, steps, initial=len(losses), unit="step", dynamic_ncols=True,
+               disable=rank > 0)
     for step in bar:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(step, steps, config.warmup)
         total = torch.zeros((), device=device)
-        for _ in range(config.accumulate):
-            with autocast(device, config):
-                loss = stage_loss(model, stage, to_device(next(batches), device), config)
-                loss = loss / config.accumulate
-            loss.backward()
+        for micro in range(config.accumulate):
+            adds_up = world > 1 and micro + 1 < config.accumulate                # gradients meet after the last one
+            with loss_of.no_sync() if adds_up else nullcontext():
+                with autocast(device, config):
+                    loss = loss_of(to_device(next(batches), device)) / config.accumulate
+                loss.backward()
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(learning, config.clip)
+        total, stop = mean_of_all(torch.stack([total, total.new_tensor(ctrl_c.asked)]))
         losses.append(total.item() if (total + norm).isfinite() else math.nan)
         for optimizer in optimizers:
             if not math.isnan(losses[-1]):
@@ -566,10 +639,10 @@ def train_stage(model: MLLM, stage: str, task: Task, collate: Collate, config: C
             lr = getattr(config, f"{stage}_lr") * schedule(step, steps, config.warmup)
             skipped = f", {sum(map(math.isnan, losses))} skipped" if any(map(math.isnan, losses)) else ""
             bar.set_postfix_str(f"loss {losses[-1]:.4f}, lr {lr:.1e}, {rate:.0f} samples/s{skipped}")
-        if ctrl_c.asked or (step + 1) % config.save_every == 0 and step + 1 < steps:
+        if stop or (step + 1) % config.save_every == 0 and step + 1 < steps:
             save_state(out, config=asdict(config), stage=stage, losses=losses, seconds=time.time() - start,
                        model=model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers])
-        if ctrl_c.asked:
+        if stop:
             raise KeyboardInterrupt(f"stopped after step {step + 1} of {stage!r} and saved: go on with --resume")
     return losses
 
@@ -865,6 +938,9 @@ def settings(arguments: argparse.Namespace) -> Config:
         config = replace(config, image_size=fit_image_size(config, records))
     if config.half_frozen and not config.bf16:
         raise ValueError("half_frozen needs bf16: float32 activations cannot meet bfloat16 weights without autocast")
+    if config.batch_size % (config.accumulate * (processes := int(os.environ.get("WORLD_SIZE", 1)))):
+        raise ValueError(f"batch_size {config.batch_size} does not divide into {config.accumulate} micro-batches for "
+                         f"{processes} processes")
     return replace(config, image_size=tuple(config.image_size),
                    lora_on=LORA_ON.get(config.recipe, "image"))
 
@@ -873,7 +949,8 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.download:
         return print("\n".join(str(download(name)) for name in arguments.download))
-    out, device = arguments.out, torch.device(arguments.device)
+    out, device = arguments.out, join_processes(torch.device(arguments.device))
+    is_first = rank_and_world()[0] == 0
     out.mkdir(parents=True, exist_ok=True)
     state = load_state(out, device) if arguments.resume else None
     try:
@@ -892,15 +969,16 @@ def main() -> None:
         names = ("image_size", "fit", "max_len", "pixel_mean", "pixel_std")
         config = replace(config, **{name: stored[name] for name in names if name not in arguments and name in stored})
     task = Task(config)
-    if first == needed[0] and not state:
+    if first == needed[0] and not state and is_first:
         make_tokenizer(config, task).save(out / "tokenizer.json")
+    wait_for_all()
     tokenizer = Tokenizer.load(out / "tokenizer.json")
     collate = make_collate(tokenizer, config)
 
     if task.own and stages and stages[-1] == STAGES[-1]:      # better an error now than at the very end
         prompt_ids((prompt for prompt, _ in single_questions(task.test["qa"])), collate)
 
-    for name in STATES if stages and not state else ():       # of another run
+    for name in STATES if stages and not state and is_first else ():             # of another run
         (out / name).unlink(missing_ok=True)
     for stage in stages:
         start = time.time() - (state["seconds"] if state else 0)
@@ -908,10 +986,12 @@ def main() -> None:
         report(model, config, stage)
         with CtrlC() as ctrl_c:
             losses = train_stage(model, stage, task, collate, config, out, start, state, ctrl_c)
-        model.save(out / f"{stage}.pt", losses=losses, seconds=time.time() - start, memory=peak_memory(device),
-                   learning=count_parameters(model, who_learns(config, stage)))
+        if is_first:
+            model.save(out / f"{stage}.pt", losses=losses, seconds=time.time() - start, memory=peak_memory(device),
+                       learning=count_parameters(model, who_learns(config, stage)))
+        wait_for_all()
         state = None
-    if stages and stages[-1] != STAGES[-1]:
+    if stages and stages[-1] != STAGES[-1] or not is_first:
         return
 
     start = time.time()
