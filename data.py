@@ -553,7 +553,7 @@ def ask_any(things: list[Thing], spec: SceneSpec, rng: random.Random, unseen: bo
 class Sample:
     """One record of any source. `turns` are (question, answer) texts; the k-th "<image>" in the questions
     stands for the next image, or for the next frames[k] images if it is a clip."""
-    images: list[Image.Image]
+    images: list[Image.Image | Tensor]                        # a tensor: what a frozen ViT and Q-Former made of it
     turns: list[tuple[str, str]]
     kind: str = "answer"                                      # groups the answers in an evaluation
     name: str = "sample"                                      # for error messages
@@ -811,6 +811,7 @@ class Conversations(Dataset):
         beside = [path.parent / name for name in ("images", "image", "Images") if (path.parent / name).is_dir()]
         folder = Path(folder or (beside[0] if beside else path.parent))
         self.task, self.min_words, self.cleaned = "", min_words, Counter()
+        self.seen: dict[Path, Tensor] = {}                    # stand for the pictures of these files
         self.records, self.skipped = [], []
         for i, record in enumerate(records):
             ids = [record[key] for key in ("id", "image_id") if key in record] if isinstance(record, dict) else []
@@ -871,7 +872,8 @@ class Conversations(Dataset):
         images, turns, name = self.records[i]
         if self.task == "read":
             return Sample([], [(question.replace("<image>", " "), answer) for question, answer in turns], name=name)
-        pictures, references = [read_image(frame, name) for clip in images for frame in clip], ()
+        pictures, references = [self.seen[frame] if frame in self.seen else read_image(frame, name)
+                                for clip in images for frame in clip], ()
         if self.layout == "captions" and self.task == "test":
             turns, references = turns[:1], tuple(answer for _, answer in turns)
         return Sample(pictures, turns, name=name, frames=tuple(map(len, images)), references=references)
@@ -963,8 +965,9 @@ class Collate:
     std: tuple[float, ...] = HALF
 
     def images(self, samples: list[Sample]) -> Tensor:
-        """All images of all samples, in order: (N, 3, height, width)."""
-        pixels = [to_pixels(image, self.image_size, self.fit, self.mean, self.std)
+        """All images of all samples, in order: (N, 3, height, width), or (N, Q, Dq) where they have been seen."""
+        pixels = [image if isinstance(image, Tensor) else
+                  to_pixels(image, self.image_size, self.fit, self.mean, self.std)
                   for sample in samples for image in sample.images]
         return torch.stack(pixels) if pixels else torch.zeros(0, 3, *self.image_size)
 

@@ -737,9 +737,14 @@ class MLLM(nn.Module):
                         parameter.data = parameter.data.to(dtype)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """images (N, 3, height, width), pixels as `ModelConfig.pixel_mean` and `pixel_std` say, by default in [-1, 1]
-        -> rows for the decoder (N, Q, D)."""
-        return self.projector(self.qformer(self.ln_vision(self.vit(images))))
+        """images (N, 3, height, width), pixels as `ModelConfig.pixel_mean` and `pixel_std` say, by default in [-1, 1],
+        or what `see` has made of them -> rows for the decoder (N, Q, D)."""
+        return self.projector(images if images.ndim == 3 else self.see(images))
+
+    def see(self, images: Tensor) -> Tensor:
+        """images (N, 3, height, width) -> (N, Q, Dq): all that comes before the projector, a constant where ViT and
+        Q-Former are frozen."""
+        return self.qformer(self.ln_vision(self.vit(images)))
 
     def embed(self, input_ids: Tensor, images: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Token embeddings, with the rows of the images in the place of their placeholders.

@@ -22,6 +22,7 @@ The papers start from downloaded parts; `read` and `see` (stage 0) make small st
 Left out on purpose: exponential averages of weights, early stopping.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -35,6 +36,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
@@ -47,7 +49,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from data import (NOT_LEARNED, Collate, Conversations, Sample, SceneSpec, Scenes, Tokenizer, contact_sheet, corpus,
-                  encode_turns)
+                  encode_turns, read_image)
 from model import (CONNECTORS, GPT, MERGED, MLLM, PARTS, PIXELS, ModelConfig, ViT, gpt_options, part_of, read_whole,
                    vit_options, write_whole)
 from qformer import QFormer, qformer_options, read_json
@@ -138,6 +140,8 @@ class Config(ModelConfig):
     workers: int = 1                     # processes that prepare data
     eval_samples: int = 1000
     save_every: int = 200                # steps between two states to resume from
+    seen_gb: float = 4.0                 # memory for what frozen ViT and Q-Former make of own pictures, see `see_once`
+    keep_seen: bool = False              # and keep it in `out` for the next run
     seed: int = 0
 
 
@@ -305,7 +309,7 @@ class Task:
     """
 
     def __init__(self, config: Config):
-        self.config, self.own = config, None
+        self.config, self.own, self.stages = config, None, {}
         self.spec = SceneSpec(config.image_size[0], config.n_colors, config.n_shapes, config.n_places,
                               config.max_things)
         n = config.eval_samples
@@ -337,6 +341,12 @@ class Task:
         return Scenes(self.spec, stage, 2**40, "train", c.seed,
                       c.read_turns if stage == "read" else c.instruct_turns)
 
+    def records(self, stage: str):
+        """What `train` gives, the same object each time."""
+        if stage not in self.stages:
+            self.stages[stage] = self.train(stage)
+        return self.stages[stage]
+
     def order(self, stage: str, n: int, step: int, steps: int) -> Sequence[int]:
         """Which of n samples the steps from `step` on see: a function of seed and stage alone, so that a resumed run
         sees just what an uninterrupted one would have seen."""
@@ -353,12 +363,12 @@ class Task:
 
     def names(self, stage: str, step: int) -> list[str]:
         """The names of the samples of a step."""
-        dataset = self.train(stage)
+        dataset = self.records(stage)
         return [dataset[i].name for i in self.order(stage, len(dataset), step, step + 1)]
 
     def batches(self, stage: str, collate: Collate, step: int, steps: int) -> DataLoader:
         """Micro-batches from `step` on, of each the part of this process."""
-        c, dataset, (rank, world) = self.config, self.train(stage), rank_and_world()
+        c, dataset, (rank, world) = self.config, self.records(stage), rank_and_world()
         sampler, n = self.order(stage, len(dataset), step, steps), c.batch_size // c.accumulate // world
         if world > 1:
             sampler = [index for i, index in enumerate(sampler) if i // n % world == rank]
@@ -530,6 +540,42 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
+def read_pictures(collate: Collate, paths: list[Path]) -> Tensor:
+    """(N, 3, height, width)"""
+    return collate.images([Sample([read_image(path) for path in paths], [])])
+
+
+@torch.no_grad()
+def see_once(model: MLLM, dataset: Conversations, collate: Collate, config: Config, out: Path) -> dict[Path, Tensor]:
+    """What a frozen ViT and Q-Former make of each picture of a dataset, (Q, Dq) float32 each, so that it is done once
+    and not in each pass; {} where that would take more than `seen_gb`.
+
+    With `keep_seen` it is also kept in a file, whose name is a digest of weights, preprocessing and pictures: what has
+    become stale is not found.
+    """
+    paths = sorted({path for clips, *_ in dataset.records for clip in clips for path in clip})
+    size = 4e-9 * len(paths) * model.config.n_rows * model.config.row_dim
+    if size > config.seen_gb:
+        print(f"what is seen in {len(paths)} pictures would take {size:.1f} GB: they are seen anew in each pass")
+        return {}
+    digest = hashlib.sha256(repr((collate.image_size, collate.fit, collate.mean, collate.std, config.bf16, [
+        (str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths])).encode())
+    for name, value in model.state_dict().items():
+        if part_of(name) in ("vit", "qformer"):
+            digest.update(name.encode() + value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    file, device = out / f"seen_{digest.hexdigest()[:16]}.pt", next(model.parameters()).device
+    if file.exists():
+        return dict(zip(paths, read_whole(file, "cpu", ("rows",))["rows"]))
+    model.eval()
+    pictures, rows = DataLoader(paths, 64, num_workers=config.workers, collate_fn=partial(read_pictures, collate)), []
+    for images in tqdm(pictures, "seeing each picture once", unit="batch", disable=rank_and_world()[0] > 0):
+        with autocast(device, config):
+            rows.append(model.see(images.to(device)).float().cpu())
+    if rows and config.keep_seen and rank_and_world()[0] == 0:
+        write_whole({"rows": torch.cat(rows)}, file)
+    return dict(zip(paths, torch.cat(rows))) if rows else {}
+
+
 def save_state(out: Path, **state) -> None:
     """Write all that a run needs to go on as if it had never stopped; the state before stays beside it."""
     rank, world = rank_and_world()
@@ -592,6 +638,9 @@ def train_stage(model: MLLM, stage: str, task: Task, collate: Collate, config: C
     model.train_only(who_learns(config, stage))
     if config.half_frozen and stage not in STAGE_0:
         model.cast_frozen(torch.bfloat16)
+    if task.own and stage not in STAGE_0 and not {"vit", "qformer"} & {*who_learns(config, stage)}:
+        task.records(stage).seen = see_once(model, task.records(stage), collate, config, out)
+        model.train()
     optimizers, losses = make_optimizers(model, config, stage), state["losses"] if state else []
     torch.manual_seed(config.seed + STAGES.index(stage) + 10_000 * rank)
     batches = iter(task.batches(stage, collate, len(losses), steps))  # draws from the generator

@@ -425,6 +425,30 @@ def test_batches_are_the_same_whatever_the_number_of_workers(tmp_path):
             assert all(torch.equal(a[name], b[name]) for a, b in zip(batches[0], other) for name in a)
 
 
+def test_pictures_are_seen_once_where_that_is_frozen_and_what_is_stale_is_not_used(tmp_path, monkeypatch):
+    own = dict(data=captions_folder(tmp_path), recipe="minigpt4", instruct_samples=24)
+    seen, see = [], MLLM.see
+    monkeypatch.setattr(MLLM, "see", lambda model, images: seen.append(len(images)) or see(model, images))
+    losses, seeing = {}, {}
+    for name, more in (("anew", dict(seen_gb=0.0)), ("once", {}), ("kept", dict(keep_seen=True))):
+        seen.clear()
+        run(monkeypatch, tmp_path / name, **own, **more)
+        losses[name] = torch.load(tmp_path / name / "instruct.pt", weights_only=True)["losses"]
+        seeing[name] = sum(seen)
+    assert losses["once"] == pytest.approx(losses["anew"], rel=1e-5) and losses["kept"] == losses["once"]
+    # 5 captions to learn from in two stages of 12 and 24 samples, 1 to be asked about, with its picture and blind
+    assert seeing == {"anew": 12 + 24 + 2, "once": 5 + 5 + 2, "kept": 5 + 2}
+    for more, n in (({}, 0), (dict(fit="pad"), 5)):
+        seen.clear()
+        run(monkeypatch, tmp_path / "kept", "--stage=align", **own | dict(keep_seen=True) | more)
+        assert sum(seen) == n
+    again = tmp_path / "images" / "3.png"
+    Image.new("RGB", (9, 8), "blue").save(again)              # another picture under the same name
+    seen.clear()
+    run(monkeypatch, tmp_path / "kept", "--stage=align", **own, keep_seen=True)
+    assert sum(seen) == 5
+
+
 def captions_folder(folder):
     (folder / "images").mkdir()
     for i in range(6):

@@ -1,0 +1,325 @@
+"""How fast and how large: ratios of what is measured side by side, medians of repeats that take turns.
+
+    python tests/bench.py plora          the adapters against a plain linear and against gathering the image rows
+    python tests/bench.py frozen         a stage in which ViT and Q-Former are frozen, with each picture seen once or anew
+    python tests/bench.py step           where the time of a training step goes, and how near it is to the matrix rate
+    python tests/bench.py generation     tokens a second with the cache and without
+    python tests/bench.py memory         what each stage holds: weights, gradients, optimizer, activations
+    python tests/bench.py growth         time a sample against image size, queries, text length and width
+
+Each prints a Markdown table and writes NAME.json to out/bench (growth a chart, too). Sizes are those of the device's
+preset; matrix products are in bfloat16 as in training.
+
+What the profile said of `python train.py` on two CPU cores, before any work on it: of a step of `read`, 30 % are matrix
+products, 16 % products of single elements (rotary positions, SwiGLU, norms), 14 % attention, 12 % copies between float32
+and bfloat16; by parts of the program, 16 % are Muon, which costs the same for any batch, and 5 % the logits with their
+loss, although only 8 % of all positions are trained. 26 % of all tokens are padding.
+"""
+import argparse
+import copy
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import train  # noqa: E402
+from ablate import print_table  # noqa: E402
+from data import Scenes, SceneSpec, Tokenizer, corpus  # noqa: E402
+from model import MLLM, PARTS, part_of  # noqa: E402
+from plora import PLoRALinear  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CONFIG = train.PRESETS["gpu" if DEVICE.type == "cuda" else "cpu"]
+
+
+REPEATS = 9
+
+
+def seconds(*functions: Callable) -> list[float]:
+    """The median time of each function, all of them in turn `REPEATS` times after one turn to warm up."""
+    times = [[] for _ in functions]
+    for repeat in range(REPEATS + 1):
+        for function, own in zip(functions, times):
+            start = time.perf_counter()
+            function()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            if repeat:
+                own.append(time.perf_counter() - start)
+    return [median(own) for own in times]
+
+
+def matrix_rate(n: int = 2048) -> float:
+    """Multiplications and additions a second of a large product of bfloat16 matrices."""
+    a = torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16)
+    return 2 * n ** 3 / seconds(lambda: a @ a)[0]
+
+
+def setting(**changes) -> tuple[train.Config, train.Task, MLLM]:
+    """The preset with changes, data for it and a fresh model, as it is after `see`."""
+    config = replace(CONFIG, workers=0, **changes)
+    task = train.Task(config)
+    tokenizer = Tokenizer.train(corpus(task.train("read"), 2000), config.vocab_size)
+    torch.manual_seed(0)
+    task.collate = train.make_collate(tokenizer, config)
+    return config, task, MLLM(train.model_config(config, tokenizer)).to(DEVICE)
+
+
+# ---- Adapters -------------------------------------------------------------------------------------
+
+class Gathered(PLoRALinear):
+    """The same layer as published: the delta is computed for the image rows alone, picked out and put back."""
+
+    def forward(self, x: Tensor, is_image: Tensor) -> Tensor:
+        y = F.linear(x, self.weight)
+        delta = F.linear(F.linear(x[is_image], self.lora_A), self.lora_B) * (self.alpha / self.r)
+        y[is_image] = y[is_image] + delta
+        return y
+
+
+def plora() -> list[dict]:
+    """Forward and backward of one layer whose base is frozen, for three shares of image rows."""
+    lines = []
+    for dim, r, tokens in ((192, 32, (64, 120)), (4096, 256, (4, 256))):
+        for share in (0.0, 0.25, 1.0):
+            x = torch.randn(*tokens, dim, device=DEVICE, requires_grad=True)
+            is_image = (torch.arange(tokens[1], device=DEVICE) < share * tokens[1]).expand(tokens)
+            layers = [layer.to(DEVICE) for layer in (nn.Linear(dim, dim, bias=False), PLoRALinear(dim, dim, r, r),
+                                                     Gathered(dim, dim, r, r))]
+            for layer in layers:
+                layer.weight.requires_grad_(False)
+
+            def step(layer: nn.Module) -> Callable:
+                def run() -> None:
+                    with torch.autocast(DEVICE.type, torch.bfloat16):
+                        y = layer(x) if type(layer) is nn.Linear else layer(x, is_image)
+                    y.backward(y.detach())
+                return run
+
+            plain, ours, gathered = seconds(*map(step, layers))
+            lines.append({"width": dim, "rank": r, "image rows": share, "plain ms": 1e3 * plain,
+                          "PLoRA / plain": ours / plain, "gathered / plain": gathered / plain})
+    return lines
+
+
+# ---- Frozen work ----------------------------------------------------------------------------------
+
+def frozen(n: int = 128) -> list[dict]:
+    """Samples a second of `align` with the recipe minigpt4 on n pictures of one's own, all work of a pass counted:
+    reading pictures, the model forward and backward, Muon."""
+    lines = []
+    for side in (CONFIG.image_size[0], 2 * CONFIG.image_size[0], 4 * CONFIG.image_size[0]):
+        with tempfile.TemporaryDirectory() as folder:
+            scenes = Scenes(SceneSpec(side), "align", n)
+            for i in range(n):
+                scenes[i].images[0].save(f"{folder}/{i}.png")
+            Path(folder, "captions.txt").write_text("".join(f"{i}.png\t{scenes[i].turns[0][1]}\n" for i in range(n)))
+            config, task, model = setting(data=folder, recipe="minigpt4", image_size=(side, side))
+            model.drop_text_branch()
+            model.train_only(train.who_learns(config, "align"))
+            anew = task.train("align")
+            once = copy.copy(anew)
+            once.seen = train.see_once(model, anew, task.collate, config, Path(folder))
+            optimizers = train.make_optimizers(model, config, "align")
+
+            def a_pass(dataset) -> Callable:
+                def run() -> None:
+                    batch = train.to_device(task.collate.conversations([dataset[i] for i in range(64)]), DEVICE)
+                    with train.autocast(DEVICE, config):
+                        loss = train.stage_loss(model, "align", batch, config)
+                    loss.backward()
+                    for optimizer in optimizers:
+                        optimizer.step()
+                return run
+
+            slow, fast = seconds(a_pass(anew), a_pass(once))
+        lines.append({"image side": side, "patches": config.n_patches, "anew, samples a second": 64 / slow,
+                      "once, samples a second": 64 / fast, "once / anew": slow / fast})
+    return lines
+
+
+# ---- A training step ------------------------------------------------------------------------------
+
+def step() -> list[dict]:
+    """For each stage the milliseconds of a step by what they are spent on, and the share of the matrix rate that the
+    products of forward and backward reach."""
+    lines, rate = [], matrix_rate()
+    config, task, model = setting()
+    for stage in train.STAGES:
+        if stage == "align":
+            model.drop_text_branch()
+        dataset = task.train(stage)
+        prepare = task.collate.pairs if stage == "see" else task.collate.conversations
+        samples = [dataset[i] for i in range(config.batch_size)]
+        batch = train.to_device(prepare(samples), DEVICE)
+        model.train_only(train.who_learns(config, stage))
+        optimizers = train.make_optimizers(model, config, stage)
+        images, learns = batch["images"], [value for value in model.parameters() if value.requires_grad]
+
+        def loss() -> Tensor:
+            with train.autocast(DEVICE, config):
+                return train.stage_loss(model, stage, batch, config)
+
+        def both() -> None:
+            loss().backward()
+
+        def optimise() -> None:
+            nn.utils.clip_grad_norm_(learns, config.clip)
+            for optimizer in optimizers:
+                optimizer.step()
+
+        @torch.no_grad()
+        def see() -> None:
+            with train.autocast(DEVICE, config):
+                model.ln_vision(model.vit(images))
+
+        data, forward, all_of_it, rest, vit = seconds(lambda: prepare([dataset[i] for i in range(config.batch_size)]),
+                                                      loss, both, optimise, see)
+        with FlopCounterMode(display=False) as counter:
+            both()
+        real = (batch["text"] != task.collate.tokenizer.pad if stage == "see" else
+                batch["input_ids"] != task.collate.tokenizer.pad).float().mean().item()
+        lines.append({"stage": stage, "data (other process)": 1e3 * data, "ViT forward": 1e3 * vit * (stage != "read"),
+                      "forward": 1e3 * forward, "backward": 1e3 * (all_of_it - forward), "optimizer": 1e3 * rest,
+                      "samples a second": config.batch_size / (all_of_it + rest),
+                      "of the matrix rate": counter.get_total_flops() / all_of_it / rate, "not padding": real})
+    print(f"matrix rate: {rate / 1e12:.2f} TFLOP/s")
+    return lines
+
+
+# ---- Generation -----------------------------------------------------------------------------------
+
+@torch.no_grad()
+def generation(n_new: int = 256) -> list[dict]:
+    """Tokens a second, from a prompt with one picture; without the cache each token reads the whole text again. `bare`:
+    the products of one token with all weight matrices of the decoder, and nothing else."""
+    _, task, model = setting(max_len=1024)
+    model.drop_text_branch()
+    model.eval()
+    lines, stop = [], -1                                      # never
+    for B in (1, 64):
+        samples = [task.train("instruct")[i] for i in range(B)]
+        prompts = [replace(sample, turns=[(sample.turns[0][0], None)]) for sample in samples]
+        prompts = train.prompt_ids(prompts, task.collate)
+        images = task.collate.images(samples).to(DEVICE)
+        x, _ = model.embed(nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(DEVICE), images)
+        longest = x[:, :1].expand(-1, x.shape[1] + n_new // 2, -1)                # half-way through the answer
+        matrices = [module for module in model.decoder.modules() if isinstance(module, nn.Linear)]
+        inputs = [torch.randn(B, 1, module.in_features, device=DEVICE) for module in matrices]
+
+        def cached() -> None:
+            for _ in model.generate(prompts, images, n_new, stop):
+                pass
+
+        def prefill() -> None:
+            next(model.generate(prompts, images, n_new, stop))
+
+        def bare() -> None:
+            for module, rows in zip(matrices, inputs):
+                F.linear(rows, module.weight)
+
+        whole, first, one, again = seconds(cached, prefill, bare, lambda: model.decoder(longest)[:, -1])
+        lines.append({"batch": B, "tokens a second": B * n_new / whole, "prefill ms": 1e3 * first,
+                      "ms a token": 1e3 * (whole - first) / (n_new - 1),
+                      "times the bare products": (whole - first) / (n_new - 1) / one,
+                      "faster than without cache": again * n_new / whole})
+    return lines
+
+
+# ---- Memory ---------------------------------------------------------------------------------------
+
+def memory() -> list[dict]:
+    """MB that a step of each stage needs, by what it is for; activations: what autograd keeps for the way back."""
+    lines = []
+    for stage in train.STAGES:
+        config, task, model = setting()
+        if stage in ("align", "instruct"):
+            model.drop_text_branch()
+        model.train_only(train.who_learns(config, stage))
+        dataset = task.train(stage)
+        batch = train.to_device((task.collate.pairs if stage == "see" else task.collate.conversations)(
+            [dataset[i] for i in range(config.batch_size)]), DEVICE)
+        weights = {value.untyped_storage().data_ptr() for value in model.parameters()}
+        kept = {}
+
+        def keep(value: Tensor) -> Tensor:
+            kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value), train.autocast(DEVICE, config):
+            loss = train.stage_loss(model, stage, batch, config)
+        activations = sum(size for place, size in kept.items() if place not in weights)
+        loss.backward()
+        optimizers = train.make_optimizers(model, config, stage)
+        for optimizer in optimizers:
+            optimizer.step()
+        states = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()
+                  if isinstance(value, Tensor)]
+        frozen = [value for name, value in model.named_parameters() if not value.requires_grad]
+        lines.append({"stage": stage, "weights": size_of(model.parameters()),
+                      "gradients": size_of(value.grad for value in model.parameters() if value.grad is not None),
+                      "gradients of what is frozen": size_of(value.grad for value in frozen if value.grad is not None),
+                      "optimizer": size_of(states), "activations": activations / 1e6,
+                      "parts that learn": " ".join(part for part in PARTS if any(
+                          part_of(name) == part and value.requires_grad for name, value in model.named_parameters()))})
+    return lines
+
+
+def size_of(values) -> float:
+    return sum(value.numel() * value.element_size() for value in values) / 1e6
+
+
+# ---- How cost grows -------------------------------------------------------------------------------
+
+def growth() -> list[dict]:
+    """Milliseconds a sample of `instruct` (forward and backward) when one size changes and the others stay."""
+    lines = []
+    side = CONFIG.image_size[0]
+    for name, values in (("image_size", (side, 3 * side // 2, 2 * side, 3 * side)), ("n_queries", (4, 16, 32, 64, 128)),
+                         ("text", (32, 64, 128, 256, 384)), ("dim", (96, 192, 384, 768))):
+        for value in values:
+            change = {"image_size": (value, value)} if name == "image_size" else {name: value} if name != "text" else {}
+            config, task, model = setting(**change)
+            model.drop_text_branch()
+            model.train_only(train.who_learns(config, "instruct"))
+            n_text = value if name == "text" else 64
+            rows = config.n_rows
+            ids = torch.randint(10, 200, (16, rows + n_text), device=DEVICE)
+            ids[:, :rows] = model.config.image_id
+            images = torch.randn(16, 3, *config.image_size, device=DEVICE)
+
+            def both() -> None:
+                with train.autocast(DEVICE, config):
+                    model(ids, images, ids)[1].backward()
+
+            lines.append({"size": name, "value": value, "ms a sample": 1e3 * seconds(both)[0] / 16})
+    return lines
+
+
+TABLES = {function.__name__: function for function in (plora, frozen, step, generation, memory, growth)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--out", type=Path, default=Path("out/bench"))
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    lines = TABLES[arguments.table]()
+    (arguments.out / f"{arguments.table}.json").write_text(json.dumps(lines, indent=2))
+    print_table(lines)
+
+
+if __name__ == "__main__":
+    main()
