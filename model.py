@@ -422,9 +422,9 @@ class GPT(nn.Module):
                             device=self.norm.weight.device) for block in self.blocks]
 
     def forward(self, x: Tensor, is_image: Tensor | None = None, positions: Tensor | None = None,
-                cache: list[Tensor] | None = None) -> Tensor:
-        """x (B, T, D) embeddings, is_image (B, T) bool -> logits (B, T, V). Adapters change the rows where is_image
-        is True; plain LoRA passes True for all.
+                cache: list[Tensor] | None = None, at: tuple[Tensor, ...] = ()) -> Tensor:
+        """x (B, T, D) embeddings, is_image (B, T) bool -> logits (B, T, V), or (N, V) where at, two index tensors (N,),
+        picks the wanted of B and T. Adapters change the rows where is_image is True; plain LoRA passes True for all.
 
         positions (B or 1, T) count from 0, by default 0 .. T-1. With a cache, x may be the next few tokens only:
         their keys and values are kept at their positions, and they read all positions up to their own.
@@ -434,7 +434,7 @@ class GPT(nn.Module):
         rope = rotation(positions, self.head_dim, self.rope_theta)
         for i, block in enumerate(self.blocks):
             x = block(x, positions, rope, is_image, cache[i] if cache is not None else None)
-        return self.lm_head(self.norm(x))
+        return self.lm_head(self.norm(x[at] if at else x))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options) -> "GPT":
@@ -808,7 +808,7 @@ class MLLM(nn.Module):
         x, is_adapted = self.embed(input_ids.to(device), images)
         cache = self.decoder.new_cache(len(prompts), T + max_new_tokens)
         last = torch.arange(len(prompts), device=device), lengths - 1
-        logits = self.decoder(x, is_adapted, cache=cache)[last]                   # (B, V)
+        logits = self.decoder(x, is_adapted, None, [slots[:, :, :T] for slots in cache], last)    # (B, V)
         stopped = torch.zeros_like(lengths, dtype=torch.bool)
         for step in range(max_new_tokens):
             tokens = pick_token(logits, temperature, top_k, top_p, generator)
@@ -821,7 +821,8 @@ class MLLM(nn.Module):
             # the slot of its own position before anything reads it.
             x = self.decoder.token_embedding(tokens)[:, None]                     # (B, 1, D)
             is_adapted = ADAPTED[self.config.lora_on](tokens[:, None], False)
-            logits = self.decoder(x, is_adapted, (lengths + step)[:, None], cache)[:, -1]
+            used = [slots[:, :, :T + step + 1] for slots in cache]                # nothing is in the others yet
+            logits = self.decoder(x, is_adapted, (lengths + step)[:, None], used)[:, -1]
 
     def save(self, path: str | Path, **extra) -> None:
         """Write config and weights, and what `extra` names, to one file, whole or not at all."""

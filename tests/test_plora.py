@@ -2,6 +2,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from plora import PLoRALinear
@@ -130,3 +131,12 @@ def test_reset_parameters_initialises_every_parameter():
     layer.reset_parameters()
     assert all(parameter.isfinite().all() for parameter in layer.parameters())
     assert layer.lora_A.abs().sum() > 0 and torch.count_nonzero(layer.lora_B) == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_it_is_captured_whole_and_one_graph_serves_any_share_of_image_rows():
+    layer, (x, is_image), counter = make_layer(), make_input(), CompileCounter()
+    captured = torch.compile(layer, fullgraph=True, backend=counter)              # raises where a graph would break
+    for mask in (is_image, torch.zeros_like(is_image), torch.ones_like(is_image)):
+        assert torch.equal(captured(x, mask), layer(x, mask))
+    assert counter.frame_count == 1
