@@ -68,8 +68,8 @@ class PLoRALinear(nn.Linear):
                              f"of x, got {tuple(is_image.shape)}")
         learns = self.training and self.lora_A.requires_grad  # a frozen adapter drops nothing
         low_rank = F.linear(F.dropout(x, self.dropout, learns), self.lora_A)      # (..., r)
-        delta = F.linear(low_rank, self.lora_B) * (self.alpha / self.r)           # (..., out_features)
-        return torch.where(is_image[..., None], y + delta, y)
+        delta = F.linear(low_rank * (self.alpha / self.r), self.lora_B)           # (..., out_features)
+        return y + torch.where(is_image[..., None], delta, -0.0)                  # y + -0.0 is y, to the bit
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, alpha={self.alpha}, dropout={self.dropout}"

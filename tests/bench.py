@@ -27,6 +27,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -308,8 +309,32 @@ def growth() -> list[dict]:
                 with train.autocast(DEVICE, config):
                     model(ids, images, ids)[1].backward()
 
+            both()
             lines.append({"size": name, "value": value, "ms a sample": 1e3 * seconds(both)[0] / 16})
     return lines
+
+
+def draw_growth(lines: list[dict], path: Path, width: int = 260, height: int = 200) -> None:
+    """One panel for each size: milliseconds a sample against it, from zero."""
+    font, panels = ImageFont.load_default(13), {}
+    for line in lines:
+        panels.setdefault(line["size"], []).append((line["value"], line["ms a sample"]))
+    chart = Image.new("RGB", (width * len(panels), height), "white")
+    canvas = ImageDraw.Draw(chart)
+    for i, (name, points) in enumerate(panels.items()):
+        left, right, top, bottom = i * width + 44, (i + 1) * width - 16, 30, height - 26
+        most, highest = points[-1][0], max(value for _, value in points)
+        canvas.text((left, 8), f"{name}: ms a sample", "black", font)
+        canvas.line((left, top, left, bottom, right, bottom), "gray")
+        places = [(left + (right - left) * size / most, bottom - (bottom - top) * value / highest) for size, value in points]
+        canvas.line(places, (45, 85, 215), 2)
+        for (x, y), (size, _) in zip(places, points):
+            canvas.circle((x, y), 3, (45, 85, 215))
+            if size * 8 > most or size == points[0][0]:       # no room for others
+                canvas.text((x, bottom + 5), str(size), "black", font, anchor="mt")
+        canvas.text((left - 5, top), f"{highest:.3g}", "black", font, anchor="rt")
+        canvas.text((left - 5, bottom), "0", "black", font, anchor="rb")
+    chart.save(path)
 
 
 TABLES = {function.__name__: function for function in (plora, frozen, step, generation, memory, growth)}
@@ -323,6 +348,8 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     lines = TABLES[arguments.table]()
     (arguments.out / f"{arguments.table}.json").write_text(json.dumps(lines, indent=2))
+    if arguments.table == "growth":
+        draw_growth(lines, arguments.out / "growth.png")
     print_table(lines)
 
 
