@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import ablate
+import bench
 import sample
 import train
 from test_published import PARITY
@@ -45,6 +46,11 @@ def test_each_table_of_evidence_stands_under_its_command(name):
                          for line in re.findall(r"^\|.*\|$", section, re.MULTILINE)]
     assert tuple(header[1:]) == columns or not columns
     assert [line[0] for line in lines] == [label for label, _ in runs] or not runs
+
+
+@pytest.mark.parametrize("name", bench.TABLES)
+def test_each_table_of_costs_stands_under_its_command(name):
+    assert re.match(r"\n```\n\n\| .*\n\|[ -|]+\n\| ", README.split(f"python tests/bench.py {name}")[1])
 
 
 def test_every_flag_named_in_text_is_one_of_the_program(monkeypatch, capsys):
