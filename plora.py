@@ -1,8 +1,8 @@
 """Partial LoRA: a linear layer whose low-rank delta reaches the image tokens only.
 
-        x (B, T, in_features) ──┬── W x + b ───────────────────────────┐
-                                └── dropout ── A ── B ── × alpha / r ──┤ added where is_image
-        is_image (B, T) ───────────────────────────────────────────────┴──► y (B, T, out_features)
+        x (B, T, in_features) ──┬── W x + b ──────────────────────────────┐
+                                └── dropout ── A ── × alpha / r ──┬── B ──┴──► y (B, T, out_features)
+        is_image (B, T) ───────────────── 0 where it is False ────┘
 
 LoRA (arXiv 2106.09685, section 4.1) learns a rank-r delta beside a frozen matrix. InternLM-XComposer2
 (arXiv 2401.16420, section 3) gives that delta to image tokens only, so that a language model can
@@ -28,11 +28,11 @@ class PLoRALinear(nn.Linear):
     r: rank of the delta; alpha: its scale before the division by r; dropout: probability in [0, 1) on
     the input of the delta. A fresh layer equals the plain linear everywhere, since lora_B starts at zero.
 
-    The delta is computed for every row and selected with `torch.where`. That keeps all shapes static
-    (no boolean indexing, so no device sync and nothing that breaks graph capture), returns the plain
-    linear's own bits on text rows whatever the adapter holds, and leaves the adapter inside the
-    autograd graph when a batch has no image: its gradient is then exactly zero, not missing, as
-    data-parallel training needs.
+    The delta is computed for every row, and made zero on text rows where it is only r wide, between A
+    and B. That keeps all shapes static (no boolean indexing, so no device sync and nothing that breaks
+    graph capture), leaves text rows exactly as the plain linear has them for any finite adapter, and
+    keeps the adapter inside the autograd graph when a batch has no image: its gradient is then exactly
+    zero, not missing, as data-parallel training needs.
 
     Raises ValueError when r is not positive or `is_image` does not fit x.
     Source: arXiv 2401.16420, section 3, where r = alpha = 256 and dropout = 0.05.
@@ -68,8 +68,8 @@ class PLoRALinear(nn.Linear):
                              f"of x, got {tuple(is_image.shape)}")
         learns = self.training and self.lora_A.requires_grad  # a frozen adapter drops nothing
         low_rank = F.linear(F.dropout(x, self.dropout, learns), self.lora_A)      # (..., r)
-        delta = F.linear(low_rank * (self.alpha / self.r), self.lora_B)           # (..., out_features)
-        return y + torch.where(is_image[..., None], delta, -0.0)                  # y + -0.0 is y, to the bit
+        low_rank = torch.where(is_image[..., None], low_rank * (self.alpha / self.r), 0.0)
+        return y + F.linear(low_rank, self.lora_B)                                # (..., out_features)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, alpha={self.alpha}, dropout={self.dropout}"
