@@ -438,7 +438,7 @@ class SceneSpec:
         """One colour of each shape: pairs that no training picture and no training text contains."""
         return [(list(COLORS)[i % self.n_colors], shape) for i, shape in enumerate(SHAPES[:self.n_shapes])]
 
-    @property
+    @functools.cached_property
     def seen(self) -> list[tuple[str, str]]:
         return [pair for pair in self.pairs if pair not in self.held_out]
 
@@ -573,14 +573,14 @@ class Scenes(Dataset):
     def __init__(self, spec: SceneSpec, task: str, length: int, split: str = "train", seed: int = 0,
                  n_turns: int = 6):
         assert task in self.TASKS and split in ("train", "test", "unseen"), (task, split)
-        self.spec, self.task, self.length, self.split, self.seed = spec, task, length, split, seed
+        self.spec, self.task, self.n, self.split, self.seed = spec, task, length, split, seed
         self.n_turns = n_turns
 
     def __len__(self) -> int:
-        return self.length
+        return self.n
 
     def things(self, i: int) -> tuple[list[Thing], random.Random]:
-        """What is in scene i, and the generator that decides the rest of it."""
+        """What is in scene i, and the generator that decides how it is drawn."""
         rng = random.Random(f"{self.seed} {self.split} {i}")
         return random_things(self.spec, rng, self.split == "unseen"), rng
 
@@ -601,21 +601,27 @@ class Scenes(Dataset):
         picture = describe(things) if self.task == "read" else "<image>"
         return [(f"{picture} {turns[0][0]}", turns[0][1]), *turns[1:]]
 
-    def __getitem__(self, i: int) -> Sample:
-        if not 0 <= i < self.length:
-            raise IndexError(f"scene {i} of {self.length}")
-        things, rng = self.things(i)
-        images = [] if self.task == "read" else [draw(things, self.spec.image_size, rng)]
-        kind, turns = self.task, [("<image>", describe(things))]
-        if self.task == "align":
-            turns = [("<image>", caption(things, rng))]
-        elif self.task == "describe":
-            turns = [("<image> " + DESCRIBE[0], describe(things))]
-        elif self.task == "question":
+    def said(self, i: int, things: list[Thing]) -> tuple[str, list[tuple[str, str]]]:
+        """The kind of text that scene i comes with, and its turns."""
+        rng = random.Random(f"{self.seed} {self.split} {i} text")
+        if self.task == "question":
             kind, question, answer = ask_any(things, self.spec, rng, self.split == "unseen")
-            turns = [("<image> " + question, answer)]
-        elif self.task in ("read", "instruct"):
-            turns = self.conversation(things, rng)
+            return kind, [("<image> " + question, answer)]
+        if self.task in ("read", "instruct"):
+            return self.task, self.conversation(things, rng)
+        question = "<image> " + DESCRIBE[0] if self.task == "describe" else "<image>"
+        return self.task, [(question, caption(things, rng) if self.task == "align" else describe(things))]
+
+    def length(self, i: int) -> int:
+        """How long the text of scene i is, in characters."""
+        return sum(len(text) for turn in self.said(i, self.things(i)[0])[1] for text in turn)
+
+    def __getitem__(self, i: int) -> Sample:
+        if not 0 <= i < self.n:
+            raise IndexError(f"scene {i} of {self.n}")
+        things, rng = self.things(i)
+        kind, turns = self.said(i, things)
+        images = [] if self.task == "read" else [draw(things, self.spec.image_size, rng)]
         return Sample(images, turns, kind, f"scene {i}")
 
 
@@ -868,6 +874,11 @@ class Conversations(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
+    def length(self, i: int) -> int:
+        """About how long record i is, in characters; a picture is as long as 64."""
+        clips, turns, _ = self.records[i]
+        return sum(len(text) for turn in turns for text in turn) + 64 * sum(map(len, clips))
+
     def __getitem__(self, i: int) -> Sample:
         images, turns, name = self.records[i]
         if self.task == "read":
@@ -948,9 +959,9 @@ def to_pixels(image: Image.Image, size: tuple[int, int], fit: str = "squash", me
         image = ImageOps.pad(image, (width, height), Image.Resampling.BICUBIC, bars)
     elif image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
-    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
-    return pixels * (0.5 / std) + (0.5 - mean) / std
+    pixels = np.asarray(image, dtype=np.float32) / 255                            # (height, width, 3)
+    pixels = (pixels - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)

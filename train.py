@@ -26,6 +26,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import re
 import signal
 import sys
@@ -33,7 +34,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -44,6 +45,9 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
@@ -131,7 +135,7 @@ class Config(ModelConfig):
     vision_adamw_lr: float = 0.5         # of that, all but hidden matrices of ViT and Q-Former get so much
     itc_weight: float = 0.1              # of the losses beside ITG; 0 leaves one out
     itm_weight: float = 0.1
-    contrast_every: int = 4              # ITC and ITM take one sample in so many
+    contrast_every: int = 4              # ITC and ITM take a quarter of the samples, in one step of so many
     weight_decay: float = 0.0
     warmup: float = 0.05                 # share of the steps until the peak
     clip: float = 1.0                    # largest norm of the gradient
@@ -140,6 +144,7 @@ class Config(ModelConfig):
     workers: int = 1                     # processes that prepare data
     eval_samples: int = 1000
     save_every: int = 200                # steps between two states to resume from
+    shard: bool = False                  # split the model over the processes of torchrun, where it is too large for one
     seen_gb: float = 4.0                 # memory for what frozen ViT and Q-Former make of own pictures, see `see_once`
     keep_seen: bool = False              # and keep it in `out` for the next run
     seed: int = 0
@@ -302,6 +307,9 @@ def make_tokenizer(config: Config, task: "Task") -> Tokenizer:
 
 # ---- What a stage trains on -----------------------------------------------------------------------
 
+GROUP = 16                               # batches among which samples are exchanged for those of like length
+
+
 class Task:
     """The data of a run: built-in scenes, or your own conversations.
 
@@ -331,53 +339,61 @@ class Task:
             print(f"skipped {reason}")
         return records
 
-    def train(self, stage: str):
+    def train(self, stage: str) -> Scenes | Conversations:
         c = self.config
-        if self.own:
-            records = self.own.for_task(stage)
-            if records.cleaned:
-                print("captions: " + ", ".join(f"{count} {what}" for what, count in records.cleaned.items()))
-            return records
-        return Scenes(self.spec, stage, 2**40, "train", c.seed,
-                      c.read_turns if stage == "read" else c.instruct_turns)
-
-    def records(self, stage: str):
-        """What `train` gives, the same object each time."""
-        if stage not in self.stages:
-            self.stages[stage] = self.train(stage)
+        if stage not in self.stages and self.own:
+            self.stages[stage] = self.own.for_task(stage)
+            if cleaned := self.stages[stage].cleaned:
+                print("captions: " + ", ".join(f"{count} {what}" for what, count in cleaned.items()))
+        elif stage not in self.stages:
+            n_turns = c.read_turns if stage == "read" else c.instruct_turns
+            self.stages[stage] = Scenes(self.spec, stage, 2**40, "train", c.seed, n_turns)
         return self.stages[stage]
 
-    def order(self, stage: str, n: int, step: int, steps: int) -> Sequence[int]:
-        """Which of n samples the steps from `step` on see: a function of seed and stage alone, so that a resumed run
-        sees just what an uninterrupted one would have seen."""
-        c = self.config
-        start, stop = step * c.batch_size, steps * c.batch_size
-        if not self.own:
-            first = sum(stage_samples(c, earlier) for earlier in STAGES[:STAGES.index(stage)])
-            return range(first + start, first + stop)         # no scene twice
-        order = []
-        for epoch in range(stop // n + 1):
-            generator = torch.Generator().manual_seed(c.seed + 1000 * STAGES.index(stage) + epoch)
-            order += torch.randperm(n, generator=generator).tolist()
-        return order[start:stop]
+    def order(self, stage: str, step: int) -> Iterator[int]:
+        """Which samples the steps from `step` on see: a function of seed and stage alone, so that a resumed run sees
+        just what an uninterrupted one would have seen.
+
+        A batch is as long as its longest sample. So in `read` the samples of `GROUP` batches at a time are sorted by
+        length, and these batches shuffled. In the other stages lengths differ less, and batches of all lengths teach
+        more.
+        """
+        c, dataset, size = self.config, self.train(stage), self.config.batch_size
+        n, stop = len(dataset), steps_of(c, stage) * size
+        if self.own:
+            order = []
+            for epoch in range(stop // n + 1):
+                generator = torch.Generator().manual_seed(c.seed + 1000 * STAGES.index(stage) + epoch)
+                order += torch.randperm(n, generator=generator).tolist()
+        else:                                                 # no scene twice
+            order = range(sum(stage_samples(c, earlier) for earlier in STAGES[:STAGES.index(stage)]), n)
+        if stage != "read":
+            yield from order[step * size:stop]
+            return
+        group = min(GROUP, max(1, n // size)) * size          # few records do not fill a batch with one
+        for start in range(step * size // group * group, stop, group):
+            samples = sorted(order[start:min(start + group, stop)], key=dataset.length)
+            batches = [samples[i:i + size] for i in range(0, len(samples), size)]
+            random.Random(f"{c.seed} {start}").shuffle(batches)
+            for batch in batches[max(0, step - start // size):]:
+                yield from batch
 
     def names(self, stage: str, step: int) -> list[str]:
         """The names of the samples of a step."""
-        dataset = self.records(stage)
-        return [dataset[i].name for i in self.order(stage, len(dataset), step, step + 1)]
+        return [self.train(stage)[i].name for i in islice(self.order(stage, step), self.config.batch_size)]
 
-    def batches(self, stage: str, collate: Collate, step: int, steps: int) -> DataLoader:
+    def batches(self, stage: str, collate: Collate, step: int) -> DataLoader:
         """Micro-batches from `step` on, of each the part of this process."""
-        c, dataset, (rank, world) = self.config, self.records(stage), rank_and_world()
-        sampler, n = self.order(stage, len(dataset), step, steps), c.batch_size // c.accumulate // world
+        c, (rank, world) = self.config, rank_and_world()
+        sampler, n = self.order(stage, step), c.batch_size // c.accumulate // world
         if world > 1:
-            sampler = [index for i, index in enumerate(sampler) if i // n % world == rank]
+            sampler = (index for i, index in enumerate(sampler) if i // n % world == rank)
         if stage == "see":                                    # published Q-Formers know so many positions
             longest = min(c.max_len, c.qformer_options.get("max_text_len", c.max_len))
             collate_fn = replace(collate, max_len=longest).pairs
         else:
             collate_fn = collate.conversations
-        return DataLoader(dataset, n, sampler=sampler, num_workers=c.workers, collate_fn=collate_fn,
+        return DataLoader(self.train(stage), n, sampler=sampler, num_workers=c.workers, collate_fn=collate_fn,
                           worker_init_fn=leave_ctrl_c)
 
 
@@ -393,6 +409,10 @@ def make_collate(tokenizer: Tokenizer, config: ModelConfig) -> Collate:
 
 def stage_samples(config: Config, stage: str) -> int:
     return getattr(config, f"{stage}_samples")
+
+
+def steps_of(config: Config, stage: str) -> int:
+    return max(1, stage_samples(config, stage) // config.batch_size)
 
 
 def peak_rate(config: Config, stage: str, part: str) -> float:
@@ -445,6 +465,41 @@ def mean_of_all(values: Tensor) -> Tensor:
     return values
 
 
+def over_processes(loss_of: "StageLoss", shard: bool, device: torch.device) -> nn.Module:
+    """The loss as all processes compute it together, each with its part of the batch.
+
+    shard: each parameter is split over them (torch's FSDP2, arXiv 2304.11277); a block of the decoder is put together
+    when it computes and let go after it, all else while the loss is computed.
+    """
+    if not shard:                                             # not all losses use all heads
+        return DistributedDataParallel(loss_of, find_unused_parameters=True) if rank_and_world()[1] > 1 else loss_of
+    mesh = init_device_mesh(device.type, (rank_and_world()[1],))
+    for module in (*loss_of.model.decoder.blocks, loss_of):
+        fully_shard(module, mesh=mesh)
+    return loss_of
+
+
+def put_together(state):
+    """A state, dicts and lists of tensors, without its split tensors: whole ones on the CPU of the first process, which
+    alone saves them."""
+    if isinstance(state, dict):
+        return {key: put_together(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [put_together(value) for value in state]
+    if not isinstance(state, DTensor):
+        return state
+    whole = state.full_tensor()                               # all processes must take part
+    return None if rank_and_world()[0] else whole.cpu()
+
+
+def split_alike(optimizer: torch.optim.Optimizer) -> None:
+    """Split what an optimizer has loaded as its parameters are split."""
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items() if isinstance(parameter, DTensor) else ():
+            if value.ndim:
+                state[key] = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+
+
 def share_of_tokens(batch: dict[str, Tensor], pad_id: int) -> Tensor | float:
     """The trained tokens of this process over the mean of all: a factor for its loss, with which the mean over
     processes is the mean over tokens."""
@@ -456,11 +511,11 @@ def share_of_tokens(batch: dict[str, Tensor], pad_id: int) -> Tensor | float:
 
 # ---- How a stage learns ---------------------------------------------------------------------------
 
-def stage_loss(model: MLLM, stage: str, batch: dict[str, Tensor], config: Config) -> Tensor:
+def stage_loss(model: MLLM, stage: str, batch: dict[str, Tensor], config: Config, step: int = 0) -> Tensor:
     """nats: answers only, in `see` BLIP-2's three losses (arXiv 2301.12597, section 3.1).
 
-    Differs: ITC and ITM run on a part of the batch, since ITM alone costs three passes, and with less weight,
-    since on scenes this simple generation teaches more.
+    Differs: ITC and ITM run now and then and on a part of the batch, since ITM alone costs three passes, and with less
+    weight, since on scenes this simple generation teaches more.
     """
     if stage == "read":
         return model(batch["input_ids"], None, batch["labels"])[1]
@@ -469,7 +524,9 @@ def stage_loss(model: MLLM, stage: str, batch: dict[str, Tensor], config: Config
     images, text = batch["images"], batch["text"]
     features = model.ln_vision(model.vit(images))                                 # (B, P, Dv)
     loss, queries = model.qformer.itg_loss(features, batch["to_generate"])
-    n = max(2, len(text) // config.contrast_every)
+    if step % config.contrast_every:
+        return loss
+    n = max(2, len(text) // 4)
     features, queries, text = features[:n], queries[:n], text[:n]
     if config.itc_weight or config.itm_weight:
         similarity = model.qformer.similarity(queries, text)                      # (n, n)
@@ -487,8 +544,9 @@ class StageLoss(nn.Module):
         super().__init__()
         self.model, self.stage, self.config = model, stage, config
 
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        return stage_loss(self.model, self.stage, batch, self.config) * share_of_tokens(batch, self.model.config.pad_id)
+    def forward(self, batch: dict[str, Tensor], step: int) -> Tensor:
+        loss = stage_loss(self.model, self.stage, batch, self.config, step)
+        return loss * share_of_tokens(batch, self.model.config.pad_id)
 
 
 def make_optimizers(model: MLLM, config: Config, stage: str) -> list[torch.optim.Optimizer]:
@@ -590,12 +648,12 @@ def save_state(out: Path, **state) -> None:
             os.replace(out / old, out / new)
 
 
-def load_state(out: Path, device: torch.device) -> dict:
+def load_state(out: Path) -> dict:
     """The last state that is whole. Raises FileNotFoundError when there is none."""
     for name in STATES:
         try:
-            return read_whole(out / name, device, ("config", "stage", "losses", "seconds", "model", "optimizers",
-                                                   "rng"))
+            return read_whole(out / name, "cpu", ("config", "stage", "losses", "seconds", "model", "optimizers",
+                                                  "rng"))
         except FileNotFoundError:
             continue
         except ValueError as error:
@@ -627,38 +685,37 @@ class CtrlC:
 
 
 def train_stage(model: MLLM, stage: str, task: Task, collate: Collate, config: Config, out: Path, start: float,
-                state: dict | None = None, ctrl_c: CtrlC = CtrlC()) -> list[float]:
+                device: torch.device, state: dict | None = None, ctrl_c: CtrlC = CtrlC()) -> list[float]:
     """Run one stage, or the rest of it from `state`, and return the loss of each step, NaN for those whose loss or
     gradient was not finite and which changed nothing.
 
     Raises ValueError naming the records when many steps in a row were such, KeyboardInterrupt after Ctrl-C.
     """
-    device, (rank, world) = next(model.parameters()).device, rank_and_world()
-    steps = max(1, stage_samples(config, stage) // config.batch_size)
+    (rank, world), steps = rank_and_world(), steps_of(config, stage)
     model.train_only(who_learns(config, stage))
     if config.half_frozen and stage not in STAGE_0:
         model.cast_frozen(torch.bfloat16)
-    if task.own and stage not in STAGE_0 and not {"vit", "qformer"} & {*who_learns(config, stage)}:
-        task.records(stage).seen = see_once(model, task.records(stage), collate, config, out)
+    if task.own and stage not in STAGE_0 and not {"vit", "qformer"} & {*who_learns(config, stage)} and not config.shard:
+        task.train(stage).seen = see_once(model, task.train(stage), collate, config, out)
         model.train()
-    optimizers, losses = make_optimizers(model, config, stage), state["losses"] if state else []
-    torch.manual_seed(config.seed + STAGES.index(stage) + 10_000 * rank)
-    batches = iter(task.batches(stage, collate, len(losses), steps))  # draws from the generator
+    if state and len(state["rng"]) != world:
+        raise ValueError(f"{len(state['rng'])} processes were stopped, {world} cannot go on in their place")
     if state:
         model.load_state_dict(state["model"])
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"nothing would learn in {stage!r}: {', '.join(who_learns(config, stage))} has no parameters")
+    loss_of = over_processes(StageLoss(model, stage, config), config.shard, device)
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizers, losses = make_optimizers(model, config, stage), state["losses"] if state else []
+    torch.manual_seed(config.seed + STAGES.index(stage) + 10_000 * rank)
+    batches = iter(task.batches(stage, collate, len(losses)))  # draws from the generator
+    if state:
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-        if len(state["rng"]) != world:
-            raise ValueError(f"{len(state['rng'])} processes were stopped, {world} cannot go on in their place")
-        torch.set_rng_state(state["rng"][rank][0].cpu())
+            split_alike(optimizer)
+        torch.set_rng_state(state["rng"][rank][0])
         if device.type == "cuda":
-            torch.cuda.set_rng_state(state["rng"][rank][1].cpu())
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not learning:
-        raise ValueError(f"nothing would learn in {stage!r}: {', '.join(who_learns(config, stage))} has no parameters")
-    loss_of = StageLoss(model, stage, config)
-    if world > 1:
-        loss_of = DistributedDataParallel(loss_of, find_unused_parameters=True)  # not all losses use all heads
+            torch.cuda.set_rng_state(state["rng"][rank][1])
     bar = tqdm(range(len(losses), steps), stage, steps, initial=len(losses), unit="step", dynamic_ncols=True,
                disable=rank > 0)
     for step in bar:
@@ -667,13 +724,14 @@ def train_stage(model: MLLM, stage: str, task: Task, collate: Collate, config: C
                 group["lr"] = group["peak"] * schedule(step, steps, config.warmup)
         total = torch.zeros((), device=device)
         for micro in range(config.accumulate):
-            adds_up = world > 1 and micro + 1 < config.accumulate                # gradients meet after the last one
-            with loss_of.no_sync() if adds_up else nullcontext():
+            waits = world > 1 and not config.shard and micro + 1 < config.accumulate
+            with loss_of.no_sync() if waits else nullcontext():                  # gradients meet after the last one
                 with autocast(device, config):
-                    loss = loss_of(to_device(next(batches), device)) / config.accumulate
+                    loss = loss_of(to_device(next(batches), device), step) / config.accumulate
                 loss.backward()
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(learning, config.clip)
+        norm = norm.full_tensor() if config.shard else norm
         total, stop = mean_of_all(torch.stack([total, total.new_tensor(ctrl_c.asked)]))
         losses.append(total.item() if (total + norm).isfinite() else math.nan)
         for optimizer in optimizers:
@@ -690,7 +748,8 @@ def train_stage(model: MLLM, stage: str, task: Task, collate: Collate, config: C
             bar.set_postfix_str(f"loss {losses[-1]:.4f}, lr {lr:.1e}, {rate:.0f} samples/s{skipped}")
         if stop or (step + 1) % config.save_every == 0 and step + 1 < steps:
             save_state(out, config=asdict(config), stage=stage, losses=losses, seconds=time.time() - start,
-                       model=model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers])
+                       model=put_together(model.state_dict()),
+                       optimizers=[put_together(optimizer.state_dict()) for optimizer in optimizers])
         if stop:
             raise KeyboardInterrupt(f"stopped after step {step + 1} of {stage!r} and saved: go on with --resume")
     return losses
@@ -987,6 +1046,8 @@ def settings(arguments: argparse.Namespace) -> Config:
         config = replace(config, image_size=fit_image_size(config, records))
     if config.half_frozen and not config.bf16:
         raise ValueError("half_frozen needs bf16: float32 activations cannot meet bfloat16 weights without autocast")
+    if config.shard and "RANK" not in os.environ:
+        raise ValueError("shard splits the model over several processes: start them with torchrun")
     if config.batch_size % (config.accumulate * (processes := int(os.environ.get("WORLD_SIZE", 1)))):
         raise ValueError(f"batch_size {config.batch_size} does not divide into {config.accumulate} micro-batches for "
                          f"{processes} processes")
@@ -1001,7 +1062,7 @@ def main() -> None:
     out, device = arguments.out, join_processes(torch.device(arguments.device))
     is_first = rank_and_world()[0] == 0
     out.mkdir(parents=True, exist_ok=True)
-    state = load_state(out, device) if arguments.resume else None
+    state = load_state(out) if arguments.resume else None
     try:
         config = Config(**state["config"]) if state else settings(arguments)
     except TypeError as error:
@@ -1031,13 +1092,14 @@ def main() -> None:
         (out / name).unlink(missing_ok=True)
     for stage in stages:
         start = time.time() - (state["seconds"] if state else 0)
-        model = model_for(stage, config, tokenizer, out, device)
+        model = model_for(stage, config, tokenizer, out, torch.device("cpu") if config.shard else device)
         report(model, config, stage)
         with CtrlC() as ctrl_c:
-            losses = train_stage(model, stage, task, collate, config, out, start, state, ctrl_c)
+            losses = train_stage(model, stage, task, collate, config, out, start, device, state, ctrl_c)
+        weights = put_together(model.state_dict())
         if is_first:
-            model.save(out / f"{stage}.pt", losses=losses, seconds=time.time() - start, memory=peak_memory(device),
-                       learning=count_parameters(model, who_learns(config, stage)))
+            model.save(out / f"{stage}.pt", model=weights, losses=losses, seconds=time.time() - start,
+                       memory=peak_memory(device), learning=count_parameters(model, who_learns(config, stage)))
         wait_for_all()
         state = None
     if stages and stages[-1] != STAGES[-1] or not is_first:

@@ -152,6 +152,9 @@ def frozen(n: int = 128) -> list[dict]:
 
 # ---- A training step ------------------------------------------------------------------------------
 
+STEPS = train.GROUP                      # batches that stand for all
+
+
 def step() -> list[dict]:
     """For each stage the milliseconds of a step by what they are spent on, and the share of the matrix rate that the
     products of forward and backward reach."""
@@ -160,20 +163,18 @@ def step() -> list[dict]:
     for stage in train.STAGES:
         if stage == "align":
             model.drop_text_branch()
-        dataset = task.train(stage)
-        prepare = task.collate.pairs if stage == "see" else task.collate.conversations
-        samples = [dataset[i] for i in range(config.batch_size)]
-        batch = train.to_device(prepare(samples), DEVICE)
+        loader = iter(task.batches(stage, task.collate, 0))
+        batches = [train.to_device(next(loader), DEVICE) for _ in range(STEPS)]
         model.train_only(train.who_learns(config, stage))
         optimizers = train.make_optimizers(model, config, stage)
-        images, learns = batch["images"], [value for value in model.parameters() if value.requires_grad]
+        learns = [value for value in model.parameters() if value.requires_grad]
 
-        def loss() -> Tensor:
-            with train.autocast(DEVICE, config):
-                return train.stage_loss(model, stage, batch, config)
-
-        def both() -> None:
-            loss().backward()
+        def forward(backward: bool = False) -> None:
+            for i, batch in enumerate(batches):
+                with train.autocast(DEVICE, config):
+                    loss = train.stage_loss(model, stage, batch, config, i)
+                if backward:
+                    loss.backward()
 
         def optimise() -> None:
             nn.utils.clip_grad_norm_(learns, config.clip)
@@ -183,18 +184,18 @@ def step() -> list[dict]:
         @torch.no_grad()
         def see() -> None:
             with train.autocast(DEVICE, config):
-                model.ln_vision(model.vit(images))
+                model.ln_vision(model.vit(batches[0]["images"]))
 
-        data, forward, all_of_it, rest, vit = seconds(lambda: prepare([dataset[i] for i in range(config.batch_size)]),
-                                                      loss, both, optimise, see)
+        data, ahead, both, rest, vit = seconds(lambda: next(loader), forward, lambda: forward(True), optimise, see)
+        ahead, both = ahead / STEPS, both / STEPS
         with FlopCounterMode(display=False) as counter:
-            both()
-        real = (batch["text"] != task.collate.tokenizer.pad if stage == "see" else
-                batch["input_ids"] != task.collate.tokenizer.pad).float().mean().item()
+            forward(True)
+        texts = torch.cat([batch["text" if stage == "see" else "input_ids"].flatten() for batch in batches])
         lines.append({"stage": stage, "data (other process)": 1e3 * data, "ViT forward": 1e3 * vit * (stage != "read"),
-                      "forward": 1e3 * forward, "backward": 1e3 * (all_of_it - forward), "optimizer": 1e3 * rest,
-                      "samples a second": config.batch_size / (all_of_it + rest),
-                      "of the matrix rate": counter.get_total_flops() / all_of_it / rate, "not padding": real})
+                      "forward": 1e3 * ahead, "backward": 1e3 * (both - ahead), "optimizer": 1e3 * rest,
+                      "samples a second": config.batch_size / (both + rest),
+                      "of the matrix rate": counter.get_total_flops() / STEPS / both / rate,
+                      "not padding": (texts != task.collate.tokenizer.pad).float().mean().item()})
     print(f"matrix rate: {rate / 1e12:.2f} TFLOP/s")
     return lines
 

@@ -8,7 +8,7 @@ from test_train import TINY
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(bench, "CONFIG", train.replace(train.Config(), **TINY))
+    monkeypatch.setattr(bench, "CONFIG", train.replace(train.Config(), **TINY | {f"{stage}_samples": 200 for stage in train.STAGES}))
     monkeypatch.setattr(bench, "REPEATS", 1)
 
 

@@ -11,24 +11,18 @@ import torch
 
 import train
 from model import MLLM
-from test_train import flags, run, same, weights
+from test_train import flags, forked, run, same, weights
 
 STATE = ("resume.pt", "resume_before.pt")
 
 
 def child(out, delay=None, *more, **values):
     """Train in a process of its own, killed after `delay` seconds. Returns whether it came to its end."""
-    process = os.fork()
-    if not process:
-        torch.set_num_threads(1)                              # the parent's threads do not live on in a fork
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1), os.dup2(quiet, 2)
-        try:
-            train.sys.argv = [*flags(**values), f"--out={out}", *more]
-            train.main()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
+    def work():
+        train.sys.argv = [*flags(**values), f"--out={out}", *more]
+        train.main()
+
+    process = forked(work)
     if delay is not None:
         time.sleep(delay)
         os.kill(process, signal.SIGKILL)
@@ -168,9 +162,10 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(what, tmp_path
 
 
 def test_many_such_steps_stop_the_run_and_name_the_records(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "stage_loss", lambda model, *_: next(model.decoder.parameters()).sum() * math.nan)
-    with pytest.raises(ValueError, match="read: .* in 10 steps in a row; the last saw scene 36, scene 37, scene 38, scene 39"):
-        run(monkeypatch, tmp_path, read_samples=80)
+    monkeypatch.setattr(train, "stage_loss", lambda model, *_: math.nan * next(
+        parameter for parameter in model.parameters() if parameter.requires_grad).sum())
+    with pytest.raises(ValueError, match="align: .* in 10 steps in a row; the last saw scene 60, scene 61, scene 62, scene 63"):
+        run(monkeypatch, tmp_path, align_samples=80)
 
 
 def test_a_file_that_is_no_model_is_named(tmp_path):

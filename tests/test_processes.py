@@ -7,12 +7,11 @@ import pytest
 import torch
 from PIL import Image
 from torch import distributed
-from torch.nn.parallel import DistributedDataParallel
 
 import train
 from data import Sample
 from model import MLLM
-from test_train import captions_folder, flags, parts, same, weights  # noqa: F401
+from test_train import captions_folder, flags, forked, parts, same, weights  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 STILL = dict(qformer_dropout=0.0, lora_dropout=0.0, itc_weight=0.0, itm_weight=0.0)    # the same for any split
@@ -23,20 +22,8 @@ def in_processes(n, work):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = []
-    for rank in range(n):
-        processes.append(os.fork())
-        if not processes[-1]:
-            os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-                              MASTER_PORT=str(port))
-            torch.set_num_threads(1)
-            quiet = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(quiet, 1), os.dup2(quiet, 2)
-            try:
-                work()
-            except BaseException:
-                os._exit(1)
-            os._exit(0)
+    processes = [forked(work, RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+                        MASTER_PORT=str(port)) for rank in range(n)]
     return [os.waitpid(process, 0)[1] == 0 for process in processes]
 
 
@@ -47,8 +34,10 @@ def train_in(n, out, *more, **values):
     return in_processes(n, work)
 
 
+@pytest.mark.parametrize("shard", [False, True])
 @pytest.mark.parametrize("stage", ["read", "see", "align", "instruct"])
-def test_gradients_of_two_halves_equal_those_of_the_whole_even_where_one_has_no_picture(stage, parts, tmp_path):  # noqa: F811
+def test_gradients_of_two_halves_equal_those_of_the_whole_even_where_one_has_no_picture(
+        stage, shard, parts, tmp_path):  # noqa: F811
     config, task, model, collate = parts
     config = train.replace(config, **STILL)
     model.train_only(train.who_learns(config, stage))
@@ -64,19 +53,19 @@ def test_gradients_of_two_halves_equal_those_of_the_whole_even_where_one_has_no_
         told = [train.replace(sample, images=picture) for sample in told]
     make = collate.pairs if stage == "see" else collate.conversations
 
-    def gradients(batch, wrap):
-        loss_of = train.StageLoss(model, stage, config)
-        loss_of = DistributedDataParallel(loss_of, find_unused_parameters=True) if wrap else loss_of
-        loss_of(batch).backward()
-        return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    def gradients(batch, shard):
+        loss_of = train.over_processes(train.StageLoss(model, stage, config), shard, torch.device("cpu"))
+        loss_of(batch, 0).backward()
+        return {name: train.put_together(parameter.grad)
+                for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     def work():
         train.join_processes(torch.device("cpu"))
         rank = distributed.get_rank()
-        torch.save(gradients(make((shown, told)[rank]), True), tmp_path / f"{rank}.pt")
+        torch.save(gradients(make((shown, told)[rank]), shard), tmp_path / f"{rank}.pt")
 
     assert in_processes(2, work) == [True, True]
-    halves = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    halves = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in ((0,) if shard else (0, 1))]
     whole = gradients(make(shown + told), False)
     for half in halves:
         assert whole.keys() == half.keys()
@@ -87,9 +76,10 @@ def test_gradients_of_two_halves_equal_those_of_the_whole_even_where_one_has_no_
                 torch.testing.assert_close(half[name], gradient, rtol=1e-3, atol=1e-7, msg=name)
 
 
-def test_two_processes_train_like_one_and_can_be_resumed(tmp_path):
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_processes_train_like_one(shard, tmp_path):
     assert train_in(1, tmp_path / "one") == [True]
-    assert train_in(2, tmp_path / "two", save_every=1) == [True, True]
+    assert train_in(2, tmp_path / "two", save_every=1, shard=shard) == [True, True]
     numbers = [json.loads((tmp_path / out / "metrics.json").read_text()) for out in ("one", "two")]
     assert numbers[0].keys() == numbers[1].keys()
     for stage in train.STAGES:
@@ -98,8 +88,10 @@ def test_two_processes_train_like_one_and_can_be_resumed(tmp_path):
     assert MLLM.load(tmp_path / "two" / "instruct.pt")
 
 
-def test_a_stopped_run_of_two_goes_on_with_two_to_the_same_bits(tmp_path, monkeypatch):
-    values = dict(qformer_dropout=0.1, lora_dropout=0.1, save_every=1, data=captions_folder(tmp_path), accumulate=2)
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_stopped_run_of_two_goes_on_with_two_to_the_same_bits(shard, tmp_path, monkeypatch):
+    values = dict(qformer_dropout=0.1, lora_dropout=0.1, save_every=1, data=captions_folder(tmp_path), accumulate=2,
+                  shard=shard)
     assert train_in(2, tmp_path / "whole", **values) == [True, True]
     loss, calls = train.stage_loss, []
 
@@ -119,16 +111,22 @@ def test_a_stopped_run_of_two_goes_on_with_two_to_the_same_bits(tmp_path, monkey
 
 def test_each_sample_goes_to_one_process(parts, monkeypatch):  # noqa: F811
     config, task, _, collate = parts
-    task.config = train.replace(config, batch_size=12, accumulate=2)
-    whole = [batch["labels"] for batch in task.batches("align", collate, 1, 3)]
+    task.config = train.replace(config, batch_size=12, accumulate=2, align_samples=36)
+    whole = [batch["labels"] for batch in task.batches("align", collate, 1)]
     shared = []
     for rank in range(3):
         monkeypatch.setattr(train, "rank_and_world", lambda: (rank, 3))
-        shared.append([batch["labels"] for batch in task.batches("align", collate, 1, 3)])
+        shared.append([batch["labels"] for batch in task.batches("align", collate, 1)])
     assert len(whole) == 4 and all(len(part) == 4 and len(part[0]) == 2 for part in shared)
     for i, labels in enumerate(whole):
         rows = [row[row != -100].tolist() for part in shared for row in part[i]]
         assert rows == [row[row != -100].tolist() for row in labels]
+
+
+def test_a_model_is_not_split_in_one_process(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "--shard"])
+    with pytest.raises(ValueError, match="start them with torchrun"):
+        train.settings(train.parse_arguments())
 
 
 def test_a_batch_that_does_not_divide_is_refused(monkeypatch):

@@ -1,6 +1,7 @@
 """Who learns, in which order, to which loss, and whether a run can be interrupted without a trace."""
 import json
 import math
+import os
 import re
 from dataclasses import replace
 
@@ -28,6 +29,22 @@ def flags(**values) -> list[str]:
 def run(monkeypatch, out, *more, **values):
     monkeypatch.setattr("sys.argv", [*flags(**values), f"--out={out}", *more])
     train.main()
+
+
+def forked(work, **environment):
+    """Start work() in a process of its own, which ends with 0 unless work raises. Returns its number."""
+    process = os.fork()
+    if process:
+        return process
+    os.environ.update(environment)
+    torch.set_num_threads(1)                                  # the parent's threads do not live on in a fork
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1), os.dup2(quiet, 2)
+    try:
+        work()
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
 
 
 def weights(out, stage="instruct"):
@@ -69,7 +86,7 @@ def test_each_stage_changes_exactly_the_parts_its_table_lists(stage, recipe, par
     if stage in ("align", "instruct"):
         model.drop_text_branch()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    train.train_stage(model, stage, train.Task(config), collate, config, tmp_path, 0.0)
+    train.train_stage(model, stage, train.Task(config), collate, config, tmp_path, 0.0, torch.device("cpu"))
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     learns = train.WHO_LEARNS[config.recipe][stage]
     listed = {name for name in before if part_of(name) in learns}
@@ -172,7 +189,7 @@ def test_each_part_learns_at_its_share_of_the_rate_and_not_at_all_at_0(parts, ca
     model.drop_text_branch()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     train.report(model, config, "instruct")
-    train.train_stage(model, "instruct", task, collate, config, tmp_path, 0.0)
+    train.train_stage(model, "instruct", task, collate, config, tmp_path, 0.0, torch.device("cpu"))
     moved = {part_of(name) for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved == {"projector", "plora", "decoder"}
     groups = [group for optimizer in train.make_optimizers(model, config, "instruct")
@@ -218,13 +235,23 @@ def test_a_held_out_question_that_is_too_long_stops_the_run_before_it_starts(tmp
 
 def test_a_loss_without_weight_leaves_its_head_without_a_gradient(parts):
     config, task, model, collate = parts
-    batch = next(iter(task.batches("see", collate, 0, 1)))
+    batch = next(iter(task.batches("see", collate, 0)))
     for itc, itm in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0)):
         model.zero_grad()
         train.stage_loss(model, "see", batch, train.replace(config, itc_weight=itc, itm_weight=itm)).backward()
         assert (model.qformer.itm_head.weight.grad is not None) == bool(itm)
         assert (model.qformer.itc_text.weight.grad is not None) == bool(itc)
         assert model.qformer.lm_head[0].weight.grad is not None
+
+
+def test_contrast_is_learned_in_one_step_of_so_many(parts):
+    config, task, model, collate = parts
+    batch, learned = next(iter(task.batches("see", collate, 0))), []
+    for step in range(7):
+        model.zero_grad()
+        train.stage_loss(model, "see", batch, train.replace(config, contrast_every=3), step).backward()
+        learned += [step] * (model.qformer.itm_head.weight.grad is not None)
+    assert learned == [0, 3, 6]
 
 
 def test_frozen_parts_may_be_kept_in_half_precision(finished, tmp_path, monkeypatch):
@@ -291,8 +318,31 @@ def test_one_stage_alone_equals_that_stage_of_a_whole_run(finished, tmp_path, mo
 
 def test_a_later_batch_is_the_same_whether_or_not_the_earlier_ones_were_drawn(parts):
     config, task, _, collate = parts
-    late = next(iter(task.batches("instruct", collate, 2, 3)))
-    assert all(torch.equal(late[name], list(task.batches("instruct", collate, 0, 3))[2][name]) for name in late)
+    late = next(iter(task.batches("instruct", collate, 2)))
+    assert all(torch.equal(late[name], list(task.batches("instruct", collate, 0))[2][name]) for name in late)
+
+
+def test_reading_puts_texts_of_like_length_in_a_batch_each_once_and_goes_on_anywhere(parts):
+    _, task, _, _ = parts
+    task.config = replace(task.config, read_samples=160, align_samples=160)
+    order, texts = [*task.order("read", 0)], task.train("read")
+
+    def padding(order):
+        batches = ([texts.length(i) for i in order[start:start + 4]] for start in range(0, 160, 4))
+        return sum(4 * max(batch) - sum(batch) for batch in batches)
+
+    assert sorted(order) == [*range(160)] and padding(order) < padding(range(160)) / 4
+    assert [texts.length(i) for i in order] != sorted(map(texts.length, order))
+    for step in (1, 15, 16, 39):
+        assert [*task.order("read", step)] == order[4 * step:]
+    assert [*task.order("align", 0)] == [*range(160 + 12, 320 + 12)]              # others take what comes
+
+
+def test_few_records_of_ones_own_do_not_fill_a_batch_with_one(tmp_path):
+    task = train.Task(train.Config(**TINY | dict(data=str(captions_folder(tmp_path)), read_samples=400)))
+    order, n = [*task.order("read", 0)], len(task.train("read"))
+    assert n >= 4 and max(order.count(i) for i in range(n)) - min(order.count(i) for i in range(n)) <= 1
+    assert all(order[start:start + 4].count(i) <= 2 for start in range(0, 400, 4) for i in range(n))
 
 
 def test_metrics_hold_every_promised_number_and_the_pictures_exist(finished):
@@ -420,7 +470,7 @@ def test_batches_are_the_same_whatever_the_number_of_workers(tmp_path):
         for workers in (0, 1, 2):
             task = train.Task(replace(config, workers=workers, data=own))
             tokenizer = Tokenizer.train(corpus(task.train("read"), 50), 300)
-            batches.append(list(task.batches("align", train.make_collate(tokenizer, config), 0, 3)))
+            batches.append(list(task.batches("align", train.make_collate(tokenizer, config), 0)))
         for other in batches[1:]:
             assert all(torch.equal(a[name], b[name]) for a, b in zip(batches[0], other) for name in a)
 
