@@ -115,16 +115,16 @@ class Config(ModelConfig):
     read_turns: int = 2                  # questions about each description; with more, earlier turns
                                          # offer their words for matching in the description's place
     instruct_turns: int = 3              # questions about each picture
-    read_samples: int = 56_000
-    see_samples: int = 40_000
-    align_samples: int = 9_600
-    instruct_samples: int = 40_000
+    read_samples: int = 46_000
+    see_samples: int = 32_000
+    align_samples: int = 6_400
+    instruct_samples: int = 34_000
     batch_size: int = 64                 # samples for each step of the optimizer
     accumulate: int = 1                  # micro-batches that make up a batch
     read_lr: float = 3.5e-3              # peak learning rates of each stage, for Muon
-    see_lr: float = 4e-3
+    see_lr: float = 6e-3
     align_lr: float = 6e-3
-    instruct_lr: float = 6e-3
+    instruct_lr: float = 8e-3
     vit_lr: float = 1.0                  # share of the rate that a part gets in align and instruct; 0: frozen
     qformer_lr: float = 1.0
     projector_lr: float = 1.0
