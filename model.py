@@ -776,16 +776,17 @@ class MLLM(nn.Module):
         images None: text alone; with Partial LoRA nothing but the plain decoder runs. An empty tensor of images
         instead keeps the adapters in the graph with gradients of zero, as a mixed batch would.
         labels hold the id to predict *at* each position, -100 where nothing is learned (all but answers).
-        Returns logits (B, T, V) and the loss in nats per trained token, or None without labels.
+        Returns logits (B, T, V) and None; with labels the logits of the N trained positions alone (N, V), since a
+        vocabulary is wide and answers are few, and the loss in nats per trained token.
         Padding needs no mask: it stands behind all that is read, and causal attention looks back only.
         """
         x, is_adapted = self.embed(input_ids, images)
-        logits = self.decoder(x, is_adapted)                                      # (B, T, V)
         if labels is None:
-            return logits, None
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(),
-                               ignore_index=-100)
-        return logits, loss
+            return self.decoder(x, is_adapted), None                              # (B, T, V)
+        targets = labels[:, 1:]                                                   # (B, T - 1)
+        trained = (targets != -100).nonzero(as_tuple=True)                        # rows and columns, (N,) each
+        logits = self.decoder(x, is_adapted, at=trained)                          # (N, V)
+        return logits, F.cross_entropy(logits.float(), targets[trained])
 
     @torch.no_grad()
     def generate(self, prompts: list[Tensor], images: Tensor | None, max_new_tokens: int, stop_id: int,

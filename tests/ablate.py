@@ -142,8 +142,9 @@ def text_drift(folder: Path, config: train.Config) -> dict:
     logits, perplexity = {}, {}
     for stage in ("see", "align", "instruct"):
         model = MLLM.load(folder / f"{stage}.pt").eval()
-        logits[stage], loss = model(**batch)                  # no images: an empty tensor keeps adapters in the graph
-        perplexity[stage] = loss.exp().item()
+        # No images: an empty tensor keeps adapters in the graph.
+        logits[stage] = model(batch["input_ids"], batch["images"])[0]
+        perplexity[stage] = model(**batch)[1].exp().item()
     changed = (logits["instruct"] != logits["see"]).float().mean().item()
     return {"text ppl": perplexity["see"], "after align": perplexity["align"],
             "after instruct": perplexity["instruct"], "logits changed": changed}
