@@ -570,10 +570,10 @@ class Scenes(Dataset):
 
     TASKS = ("read", "see", "align", "instruct", "question", "describe")
 
-    def __init__(self, spec: SceneSpec, task: str, length: int, split: str = "train", seed: int = 0,
+    def __init__(self, spec: SceneSpec, task: str, n: int, split: str = "train", seed: int = 0,
                  n_turns: int = 6):
         assert task in self.TASKS and split in ("train", "test", "unseen"), (task, split)
-        self.spec, self.task, self.n, self.split, self.seed = spec, task, length, split, seed
+        self.spec, self.task, self.n, self.split, self.seed = spec, task, n, split, seed
         self.n_turns = n_turns
 
     def __len__(self) -> int:
@@ -875,9 +875,8 @@ class Conversations(Dataset):
         return len(self.records)
 
     def length(self, i: int) -> int:
-        """About how long record i is, in characters; a picture is as long as 64."""
-        clips, turns, _ = self.records[i]
-        return sum(len(text) for turn in turns for text in turn) + 64 * sum(map(len, clips))
+        """How long the text of record i is, in characters."""
+        return sum(len(text) for turn in self.records[i][1] for text in turn)
 
     def __getitem__(self, i: int) -> Sample:
         images, turns, name = self.records[i]

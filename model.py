@@ -8,7 +8,7 @@
 
 A batch holds B texts and N images, in the order in which their placeholders appear; a text may have none
 or several. Each image stands in its text as Q placeholder ids in a row, so the length of a text is known
-before the model runs and every shape is static.
+before the model runs, and every shape is static until logits are taken of the trained positions alone.
 
 The parts follow BLIP-2 (arXiv 2301.12597), MiniGPT-4 (2304.10592) and InternLM-XComposer2 (2401.16420).
 

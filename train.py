@@ -135,7 +135,7 @@ class Config(ModelConfig):
     vision_adamw_lr: float = 0.5         # of that, all but hidden matrices of ViT and Q-Former get so much
     itc_weight: float = 0.1              # of the losses beside ITG; 0 leaves one out
     itm_weight: float = 0.1
-    contrast_every: int = 4              # ITC and ITM take a quarter of the samples, in one step of so many
+    contrast_every: int = 4              # ITC and ITM take a quarter of the samples, in one step of so many; 0: in none
     weight_decay: float = 0.0
     warmup: float = 0.05                 # share of the steps until the peak
     clip: float = 1.0                    # largest norm of the gradient
@@ -308,6 +308,7 @@ def make_tokenizer(config: Config, task: "Task") -> Tokenizer:
 # ---- What a stage trains on -----------------------------------------------------------------------
 
 GROUP = 16                               # batches among which samples are exchanged for those of like length
+                                         # (by the training process, which takes 20 us for the length of a scene)
 
 
 class Task:
@@ -341,14 +342,16 @@ class Task:
 
     def train(self, stage: str) -> Scenes | Conversations:
         c = self.config
-        if stage not in self.stages and self.own:
-            self.stages[stage] = self.own.for_task(stage)
-            if cleaned := self.stages[stage].cleaned:
-                print("captions: " + ", ".join(f"{count} {what}" for what, count in cleaned.items()))
-        elif stage not in self.stages:
+        if stage in self.stages:
+            return self.stages[stage]
+        if self.own:
+            dataset = self.own.for_task(stage)
+            if dataset.cleaned:
+                print("captions: " + ", ".join(f"{count} {what}" for what, count in dataset.cleaned.items()))
+        else:
             n_turns = c.read_turns if stage == "read" else c.instruct_turns
-            self.stages[stage] = Scenes(self.spec, stage, 2**40, "train", c.seed, n_turns)
-        return self.stages[stage]
+            dataset = Scenes(self.spec, stage, 2**40, "train", c.seed, n_turns)
+        return self.stages.setdefault(stage, dataset)
 
     def order(self, stage: str, step: int) -> Iterator[int]:
         """Which samples the steps from `step` on see: a function of seed and stage alone, so that a resumed run sees
@@ -371,12 +374,14 @@ class Task:
             yield from order[step * size:stop]
             return
         group = min(GROUP, max(1, n // size)) * size          # few records do not fill a batch with one
+        parts = c.accumulate * rank_and_world()[1]
         for start in range(step * size // group * group, stop, group):
             samples = sorted(order[start:min(start + group, stop)], key=dataset.length)
             batches = [samples[i:i + size] for i in range(0, len(samples), size)]
             random.Random(f"{c.seed} {start}").shuffle(batches)
             for batch in batches[max(0, step - start // size):]:
-                yield from batch
+                for part in range(parts):                     # each micro-batch gets texts of all lengths in it
+                    yield from batch[part::parts]
 
     def names(self, stage: str, step: int) -> list[str]:
         """The names of the samples of a step."""
@@ -492,12 +497,14 @@ def put_together(state):
     return None if rank_and_world()[0] else whole.cpu()
 
 
-def split_alike(optimizer: torch.optim.Optimizer) -> None:
-    """Split what an optimizer has loaded as its parameters are split."""
-    for parameter, state in optimizer.state.items():
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """`load_state_dict` of what `put_together` gave; where parameters are split, one tensor after the other is, too."""
+    for i, group in enumerate(optimizer.param_groups):
+        [parameter], state = group["params"], saved["state"].get(i, {})
         for key, value in state.items() if isinstance(parameter, DTensor) else ():
             if value.ndim:
                 state[key] = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    optimizer.load_state_dict(saved)
 
 
 def share_of_tokens(batch: dict[str, Tensor], pad_id: int) -> Tensor | float:
@@ -524,7 +531,7 @@ def stage_loss(model: MLLM, stage: str, batch: dict[str, Tensor], config: Config
     images, text = batch["images"], batch["text"]
     features = model.ln_vision(model.vit(images))                                 # (B, P, Dv)
     loss, queries = model.qformer.itg_loss(features, batch["to_generate"])
-    if step % config.contrast_every:
+    if not config.contrast_every or step % config.contrast_every:
         return loss
     n = max(2, len(text) // 4)
     features, queries, text = features[:n], queries[:n], text[:n]
@@ -538,7 +545,7 @@ def stage_loss(model: MLLM, stage: str, batch: dict[str, Tensor], config: Config
 
 
 class StageLoss(nn.Module):
-    """`stage_loss` as a module, for that is what DistributedDataParallel wraps."""
+    """`stage_loss` as a module, which is what several processes need, weighted by the trained tokens of each."""
 
     def __init__(self, model: MLLM, stage: str, config: Config):
         super().__init__()
@@ -625,19 +632,21 @@ def see_once(model: MLLM, dataset: Conversations, collate: Collate, config: Conf
     if file.exists():
         return dict(zip(paths, read_whole(file, "cpu", ("rows",))["rows"]))
     model.eval()
-    pictures, rows = DataLoader(paths, 64, num_workers=config.workers, collate_fn=partial(read_pictures, collate)), []
+    pictures, rows = DataLoader(paths, 64, num_workers=config.workers, collate_fn=partial(read_pictures, collate),
+                                worker_init_fn=leave_ctrl_c), []
     for images in tqdm(pictures, "seeing each picture once", unit="batch", disable=rank_and_world()[0] > 0):
         with autocast(device, config):
             rows.append(model.see(images.to(device)).float().cpu())
-    if rows and config.keep_seen and rank_and_world()[0] == 0:
-        write_whole({"rows": torch.cat(rows)}, file)
-    return dict(zip(paths, torch.cat(rows))) if rows else {}
+    rows = torch.cat(rows) if rows else torch.empty(0)
+    if config.keep_seen and rank_and_world()[0] == 0:
+        write_whole({"rows": rows}, file)
+    return dict(zip(paths, rows))
 
 
 def save_state(out: Path, **state) -> None:
     """Write all that a run needs to go on as if it had never stopped; the state before stays beside it."""
     rank, world = rank_and_world()
-    rng = [(torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None)] * world
+    rng = [(torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None)] * world
     if world > 1:
         distributed.all_gather_object(rng, rng[0])
     if rank:
@@ -696,6 +705,8 @@ def train_stage(model: MLLM, stage: str, task: Task, collate: Collate, config: C
     if config.half_frozen and stage not in STAGE_0:
         model.cast_frozen(torch.bfloat16)
     if task.own and stage not in STAGE_0 and not {"vit", "qformer"} & {*who_learns(config, stage)} and not config.shard:
+        for other in task.stages.values():
+            other.seen = {}                                   # room for this stage's
         task.train(stage).seen = see_once(model, task.train(stage), collate, config, out)
         model.train()
     if state and len(state["rng"]) != world:
@@ -711,10 +722,9 @@ def train_stage(model: MLLM, stage: str, task: Task, collate: Collate, config: C
     batches = iter(task.batches(stage, collate, len(losses)))  # draws from the generator
     if state:
         for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-            split_alike(optimizer)
+            load_optimizer(optimizer, saved)
         torch.set_rng_state(state["rng"][rank][0])
-        if device.type == "cuda":
+        if device.type == "cuda" and state["rng"][rank][1] is not None:
             torch.cuda.set_rng_state(state["rng"][rank][1])
     bar = tqdm(range(len(losses), steps), stage, steps, initial=len(losses), unit="step", dynamic_ncols=True,
                disable=rank > 0)
@@ -741,7 +751,7 @@ def train_stage(model: MLLM, stage: str, task: Task, collate: Collate, config: C
         if len(losses) >= SKIPPED and all(map(math.isnan, losses[-SKIPPED:])):
             raise ValueError(f"{stage}: loss or gradient was not finite in {SKIPPED} steps in a row; the last saw "
                              + ", ".join(task.names(stage, step)))
-        if step % 10 == 0 or math.isnan(losses[-1]):
+        if step % 8 == 0 or math.isnan(losses[-1]):
             rate = config.batch_size * (bar.format_dict["rate"] or 0)
             lr = getattr(config, f"{stage}_lr") * schedule(step, steps, config.warmup)
             skipped = f", {sum(map(math.isnan, losses))} skipped" if any(map(math.isnan, losses)) else ""
@@ -898,12 +908,12 @@ def evaluate(model: MLLM, task: Task, collate: Collate, config: Config) -> tuple
 
 
 def draw_curves(losses: dict[str, list[float]], path: Path, width: int = 360, height: int = 240) -> None:
-    """One panel a stage: loss in nats (logarithmic) against steps, smoothed over a fiftieth of the stage."""
+    """One panel a stage: loss in nats (logarithmic) against steps, smoothed over about a fiftieth of the stage."""
     font, margin = ImageFont.load_default(13), 60
     sheet = Image.new("RGB", (width * len(losses), height), "white")
     canvas = ImageDraw.Draw(sheet)
     for panel, (stage, values) in enumerate(losses.items()):
-        window = max(1, len(values) // 50)
+        window = min(len(values), 4 * max(1, len(values) // 200))                # as many steps with ITC in each
         values = [value for value in values if math.isfinite(value)] or [1.0]
         smooth = [max(1e-6, sum(part) / len(part)) for part in
                   (values[i:i + window] for i in range(0, len(values) - window + 1, window))]
@@ -1105,7 +1115,7 @@ def main() -> None:
     if stages and stages[-1] != STAGES[-1] or not is_first:
         return
 
-    start = time.time()
+    start, device = time.time(), torch.device("cpu") if config.shard else device
     model = MLLM.load(out / f"{STAGES[-1]}.pt", device)
     model = model.renewed(replace(model.config, image_size=config.image_size, max_len=config.max_len,
                                   fit=config.fit)).to(device)

@@ -47,10 +47,9 @@ TABLES = {
         ("Q-Former, 4 queries", "--n-queries 4 |"), ("Q-Former, 16 queries", ""),
         ("Q-Former, 32 queries", "--n-queries 32 |"), ("4 patches a row", "--connector patch-merge"),
         ("each patch a row", "--connector patches")]),
-    "losses": (("see samples", "see seconds", "ITG nats", "recall@1", "ITM right") + ANSWERS, [
+    "losses": (("see seconds", "ITG nats", "recall@1", "ITM right") + ANSWERS, [
         ("ITG", "--itc-weight 0 --itm-weight 0 |"), ("ITG + ITC", "--itm-weight 0 |"), ("ITG + ITC + ITM", ""),
-        ("ITG, as long", "--itc-weight 0 --itm-weight 0 --see-samples 140% |"),
-        ("ITG + ITC, as long", "--itm-weight 0 --see-samples 130% |")]),
+        ("all three in each step", "--contrast-every 1 |")]),
     "rank": (ANSWERS + COSTS, [
         ("r = 1", "--recipe plora --r 1 --alpha 4"), ("r = 4", "--recipe plora --r 4 --alpha 16"),
         ("r = 32", "--recipe plora"), ("r = 128", "--recipe plora --r 128 --alpha 512")]),
@@ -75,7 +74,7 @@ class Runner:
         (out / "flags.json").write_text(json.dumps(flags))
 
     def share(self, found: re.Match) -> str:
-        """"--see-samples 50%" as a number of samples."""
+        """"--align-samples 50%" as a number of samples."""
         samples = train.stage_samples(self.config, found[1]) * int(found[2]) // 100
         return f"--{found[1]}-samples {samples}"
 
@@ -201,7 +200,7 @@ def measure(folder: Path, columns: tuple[str, ...]) -> dict:
             "reading": metrics["reading_accuracy"],
             "learning": metrics["learning_parameters"]["instruct"], "GB": saved["memory"],
             "seconds": seconds["align"] + seconds["instruct"], "see seconds": seconds["see"],
-            "see samples": config.see_samples, "rows": model.config.n_rows, "patches": config.n_patches,
+            "rows": model.config.n_rows, "patches": config.n_patches,
             "connector parameters": train.count_parameters(model, ("qformer", "projector")),
             "weights MB": sum(value.numel() * value.element_size() for value in saved["model"].values()) / 1e6}
     if "ms an image" in columns:

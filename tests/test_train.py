@@ -184,7 +184,8 @@ def test_feed_forward_nets_of_the_decoder_learn_slower_than_its_attention(parts)
 
 def test_each_part_learns_at_its_share_of_the_rate_and_not_at_all_at_0(parts, capsys, tmp_path):
     config, task, model, collate = parts
-    config = train.replace(config, vit_lr=0.0, plora_lr=0.5, decoder_lr=0.25, recipe="xcomposer2", instruct_samples=4)
+    config = train.replace(config, vit_lr=0.0, plora_lr=0.5, decoder_lr=0.25, recipe="xcomposer2", instruct_samples=4,
+                           instruct_lr=6e-3)
     assert train.who_learns(config, "instruct") == ("projector", "plora", "decoder")
     model.drop_text_branch()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
