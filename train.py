@@ -1,4 +1,4 @@
-"""Train the model: `python train.py`, eight to fourteen minutes on two CPU cores, no downloads.
+"""Train the model: `python train.py`, six minutes on two CPU cores, no downloads.
 
     stage      what it sees               what it stands for
     read       text                       a pretrained language model
