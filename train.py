@@ -913,8 +913,8 @@ def draw_curves(losses: dict[str, list[float]], path: Path, width: int = 360, he
     sheet = Image.new("RGB", (width * len(losses), height), "white")
     canvas = ImageDraw.Draw(sheet)
     for panel, (stage, values) in enumerate(losses.items()):
-        window = min(len(values), 4 * max(1, len(values) // 200))                # as many steps with ITC in each
         values = [value for value in values if math.isfinite(value)] or [1.0]
+        window = min(len(values), 4 * max(1, len(values) // 200))                # as many steps with ITC in each
         smooth = [max(1e-6, sum(part) / len(part)) for part in
                   (values[i:i + window] for i in range(0, len(values) - window + 1, window))]
         low, high = math.log(min(smooth)), math.log(max(smooth))
