@@ -826,7 +826,8 @@ class MLLM(nn.Module):
             logits = self.decoder(x, is_adapted, (lengths + step)[:, None], used)[:, -1]
 
     def save(self, path: str | Path, **extra) -> None:
-        """Write config and weights, and what `extra` names, to one file, whole or not at all."""
+        """Write config and weights, and what `extra` names, to one file, whole or not at all. `model` in it takes the
+        place of the weights, where those are split over processes."""
         write_whole({"config": asdict(self.config), "model": self.state_dict(), **extra}, path)
 
     @classmethod

@@ -30,7 +30,7 @@ class PLoRALinear(nn.Linear):
 
     The delta is computed for every row, and made zero on text rows where it is only r wide, between A
     and B. That keeps all shapes static (no boolean indexing, so no device sync and nothing that breaks
-    graph capture), leaves text rows exactly as the plain linear has them for any finite adapter, and
+    graph capture), leaves text rows exactly as the plain linear has them for any finite lora_B, and
     keeps the adapter inside the autograd graph when a batch has no image: its gradient is then exactly
     zero, not missing, as data-parallel training needs.
 

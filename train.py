@@ -308,7 +308,7 @@ def make_tokenizer(config: Config, task: "Task") -> Tokenizer:
 # ---- What a stage trains on -----------------------------------------------------------------------
 
 GROUP = 16                               # batches among which samples are exchanged for those of like length
-                                         # (by the training process, which takes 20 us for the length of a scene)
+                                         # (by the training process, which makes the text of a scene for that)
 
 
 class Task:
