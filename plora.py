@@ -1,12 +1,12 @@
 """Partial LoRA: a linear layer whose low-rank delta reaches the image tokens only.
 
-        x (B, T, in_features) ──┬── W x + b ──────────────────────────────┐
-                                └── dropout ── A ── × alpha / r ──┬── B ──┴──► y (B, T, out_features)
-        is_image (B, T) ───────────────── 0 where it is False ────┘
+    x (B, T, in_features) ──┬── W x + b ──────────────────────────────┐
+                            └── dropout ── A ── × alpha / r ──┬── B ──┴──► y (B, T, out_features)
+    is_image (B, T) ───────────────── 0 where it is False ────┘
 
-LoRA (arXiv 2106.09685, section 4.1) learns a rank-r delta beside a frozen matrix. InternLM-XComposer2
-(arXiv 2401.16420, section 3) gives that delta to image tokens only, so that a language model can
-learn to take pictures in while every text token is computed exactly as before.
+LoRA (arXiv 2106.09685, section 4.1) trains a rank-r delta beside a frozen matrix.
+InternLM-XComposer2 (arXiv 2401.16420, section 3) gives that delta to image tokens only: the
+language model learns to take in pictures, while every text token is computed exactly as before.
 
 Left out on purpose: merging the delta into W (it depends on the token, so it cannot be merged).
 
@@ -25,14 +25,15 @@ class PLoRALinear(nn.Linear):
         y = W x + b                                             on text rows
         y = W x + b + alpha / r * lora_B(lora_A(dropout(x)))    on image rows
 
-    r: rank of the delta; alpha: its scale before the division by r; dropout: probability in [0, 1) on
-    the input of the delta. A fresh layer equals the plain linear everywhere, since lora_B starts at zero.
+    r: rank of the delta; alpha: its scale before the division by r; dropout: probability in [0, 1)
+    on the input of the delta. A fresh layer equals the plain linear everywhere, since lora_B
+    starts at zero.
 
-    The delta is computed for every row, and made zero on text rows where it is only r wide, between A
-    and B. That keeps all shapes static (no boolean indexing, so no device sync and nothing that breaks
-    graph capture), leaves text rows exactly as the plain linear has them for any finite lora_B, and
-    keeps the adapter inside the autograd graph when a batch has no image: its gradient is then exactly
-    zero, not missing, as data-parallel training needs.
+    The delta is computed for every row and set to zero on text rows between A and B, where a row
+    is only r wide. All shapes stay static: no boolean indexing, so no device sync and nothing that
+    breaks graph capture. Text rows are exactly those of the plain linear for any finite lora_B.
+    And a batch without an image keeps the adapter in the autograd graph with a gradient of exactly
+    zero, which data-parallel training needs.
 
     Raises ValueError when r is not positive or `is_image` does not fit x.
     Source: arXiv 2401.16420, section 3, where r = alpha = 256 and dropout = 0.05.
@@ -49,9 +50,10 @@ class PLoRALinear(nn.Linear):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A random, B zero: the delta starts at zero, yet B gets a gradient from the first step on."""
+        """A random, B zero: the delta starts at zero, yet B gets a gradient from the first step
+        on."""
         super().reset_parameters()
-        if hasattr(self, "lora_A"):                           # nn.Linear calls this before they exist
+        if hasattr(self, "lora_A"):  # nn.Linear calls this before they exist
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
             nn.init.zeros_(self.lora_B)
 
@@ -60,16 +62,17 @@ class PLoRALinear(nn.Linear):
 
         With `is_image=None` this is the plain linear and the adapter is not touched at all.
         """
-        y = F.linear(x, self.weight, self.bias)                                   # (..., out_features)
+        y = F.linear(x, self.weight, self.bias)  # (..., out_features)
         if is_image is None:
             return y
         if is_image.shape != x.shape[:-1]:
             raise ValueError(f"is_image must have shape {tuple(x.shape[:-1])}, one flag for each row "
                              f"of x, got {tuple(is_image.shape)}")
-        learns = self.training and self.lora_A.requires_grad  # a frozen adapter drops nothing
-        low_rank = F.linear(F.dropout(x, self.dropout, learns), self.lora_A)      # (..., r)
+        # A frozen adapter must not drop anything, even while the base around it trains.
+        drops = self.training and self.lora_A.requires_grad
+        low_rank = F.linear(F.dropout(x, self.dropout, drops), self.lora_A)  # (..., r)
         low_rank = torch.where(is_image[..., None], low_rank * (self.alpha / self.r), 0.0)
-        return y + F.linear(low_rank, self.lora_B)                                # (..., out_features)
+        return y + F.linear(low_rank, self.lora_B)  # (..., out_features)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, alpha={self.alpha}, dropout={self.dropout}"
