@@ -1,6 +1,6 @@
 """Evidence: change one choice of the papers, leave the rest, measure, print a table.
 
-    python tests/ablate.py recipes       who learns in which stage, and what that does to plain text
+    python tests/ablate.py recipes       what is trainable when, and what that does to plain text
     python tests/ablate.py connectors    how many rows stand for a picture, and what makes them
     python tests/ablate.py losses        what ITC and ITM add to ITG
     python tests/ablate.py size          pictures larger than those trained on
@@ -8,9 +8,9 @@
     python tests/ablate.py precision     frozen weights in bfloat16
     python tests/ablate.py checkpoint    activations of the ViT kept, or computed again
 
-Each run is one of train.py with the flags that `TABLES` lists, at half of the preset's `align` and `instruct`. Runs
-share stage 0 unless it is what they change. Writes NAME.json, NAME.png (but for `checkpoint`) and a folder for each
-run to out/ablate/, where what is done is not done again. Flags it does not know go to every train.py.
+Each run is one of train.py with the flags in `TABLES`, half of the preset's `align` and `instruct`
+long; runs share stage 0 unless it is what they change. Writes NAME.json and a folder for each run
+to out/ablate/, where what is done is not done again. Other flags go to every train.py.
 """
 import argparse
 import json
@@ -18,318 +18,212 @@ import os
 import re
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+from bench import ROOT, kept_for_backward, seconds, write  # first, for the path
+import train
+from data import Scenes, Tokenizer
+from model import MLLM, PARTS, ViT, load_file, part_of, save_file
 
-import train  # noqa: E402
-from data import Scenes, Tokenizer  # noqa: E402
-from model import MLLM, ViT  # noqa: E402
-
-# For each table: what to show, and each run as (label, flags). Flags before "|" are for stage 0, too. 50% means half
-# of the preset's samples.
+# Columns of each table, and its runs: (label, flags from `vision` on, flags from `align` on).
 ANSWERS = ("right", "never-seen pairs", "blind", "descriptions")
-COSTS = ("learning", "seconds", "GB")
+COSTS = ("trainable", "seconds")
+DRIFT = ("reading", "text ppl", "after align", "after instruct", "logits changed")
 TABLES = {
-    "recipes": (ANSWERS + COSTS + ("reading", "text ppl", "after align", "after instruct", "logits changed"), [
-        ("minigpt4, frozen", "--recipe minigpt4"), ("lora", "--recipe lora"), ("plora", "--recipe plora"),
-        ("xcomposer2", "--recipe xcomposer2"),
-        ("xcomposer2, slower", "--recipe xcomposer2 --vit-lr 0.1 --decoder-lr 0.1"), ("blip2_plora", "")]),
+    "recipes": (ANSWERS + COSTS + DRIFT, [
+        (name, "", "" if name == "blip2_plora" else f"--recipe {name}") for name in train.RECIPES]),
     "connectors": (("rows", "connector parameters", "ms an image") + ANSWERS + COSTS, [
-        ("Q-Former, 4 queries", "--n-queries 4 |"), ("Q-Former, 16 queries", ""),
-        ("Q-Former, 32 queries", "--n-queries 32 |"), ("4 patches a row", "--connector patch-merge"),
-        ("each patch a row", "--connector patches")]),
-    "losses": (("see seconds", "ITG nats", "recall@1", "ITM right") + ANSWERS, [
-        ("ITG", "--itc-weight 0 --itm-weight 0 |"), ("ITG + ITC", "--itm-weight 0 |"), ("ITG + ITC + ITM", ""),
-        ("all three in each step", "--contrast-every 1 |")]),
+        ("Q-Former, 4 queries", "--set qformer.n_queries=4", ""), ("Q-Former, default", "", ""),
+        ("Q-Former, 32 queries", "--set qformer.n_queries=32", ""),
+        ("4 patches a row", "", "--connector patch-merge"),
+        ("each patch a row", "", "--connector patches")]),
+    "losses": (("vision seconds", "ITG nats", "recall@1", "ITM right") + ANSWERS, [
+        ("ITG", "--set itc_weight=0.0 --set itm_weight=0.0", ""),
+        ("ITG + ITC", "--set itm_weight=0.0", ""), ("ITG + ITC + ITM", "", ""),
+        ("all three in each step", "--set contrast_every=1", "")]),
     "rank": (ANSWERS + COSTS, [
-        ("r = 1", "--recipe plora --r 1 --alpha 4"), ("r = 4", "--recipe plora --r 4 --alpha 16"),
-        ("r = 32", "--recipe plora"), ("r = 128", "--recipe plora --r 128 --alpha 512")]),
-    "size": (("patches",) + ANSWERS, []),                     # its runs are those of `larger_pictures`
-    "checkpoint": ((), []),                                   # see `checkpointing`
-    "precision": (ANSWERS + ("weights MB", "seconds", "GB"), [
-        ("frozen in float32", "--recipe plora"), ("frozen in bfloat16", "--recipe plora --half-frozen")]),
+        (f"r = {r}", "", f"--recipe plora --set decoder.r={r} --set decoder.alpha={4 * r}")
+        for r in (1, 4, 32, 128)]),
+    "precision": (ANSWERS + ("weights MB", "seconds"), [
+        ("frozen in float32", "", "--recipe plora"),
+        ("frozen in bfloat16", "", "--recipe plora --set half_frozen=true")]),
+    "size": (("patches",) + ANSWERS, []),  # its runs are those of `larger_pictures`
+    "checkpoint": ((), []),  # see `checkpointing`
 }
 
 
-# ---- Running train.py -----------------------------------------------------------------------------
+# ---- Running train.py ------------------------------------------------------------------------
 
+@dataclass
 class Runner:
-    """Calls train.py in folders named after its flags, several at a time, each on its share of the CPU cores."""
+    """Calls train.py in folders named after its flags; what it prints is in log.txt there."""
+    out: Path
+    jobs: int
+    flags: list[str]
 
-    def __init__(self, out: Path, jobs: int, flags: list[str]):
-        self.out, self.jobs, self.flags = out, jobs, flags
-        self.config = train.settings(train.parse_arguments(flags))
-        out.mkdir(parents=True, exist_ok=True)
-        if (out / "flags.json").exists() and json.loads((out / "flags.json").read_text()) != flags:
-            raise ValueError(f"{out} holds runs with other flags, see flags.json there: give another --out")
-        (out / "flags.json").write_text(json.dumps(flags))
-
-    def share(self, found: re.Match) -> str:
-        """"--align-samples 50%" as a number of samples."""
-        samples = train.stage_samples(self.config, found[1]) * int(found[2]) // 100
-        return f"--{found[1]}-samples {samples}"
-
-    def stage(self, folder: Path, stage: str, flags: str, jobs: int) -> None:
-        """One stage in a folder, unless what it ends with is there: its weights, or the metrics."""
-        if (folder / ("metrics.json" if stage in ("evaluate", "instruct") else f"{stage}.pt")).exists():
-            return
-        flags = re.sub(r"--(\w+)-samples (\d+)%", self.share, flags).split()
-        command = [sys.executable, ROOT / "train.py", "--out", folder, "--stage", stage, *self.flags, *flags]
-        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
-        with open(folder / "log.txt", "a") as log:
-            print(*command, file=log, flush=True)
-            if subprocess.run(command, stdout=log, stderr=log, env=environment).returncode:
-                raise RuntimeError(f"{' '.join(map(str, command))} failed: see {folder}/log.txt")
-
-    def folder(self, name: str, start: Path, **links: str) -> Path:
-        """A folder whose run starts from `start`: from its tokenizer, its read.pt and {stage: weights of a stage}."""
-        folder = self.out / re.sub(r"\W+", "_", name).strip("_")
-        folder.mkdir(exist_ok=True)
-        files = {f"{stage}.pt": f"{weights}.pt" for stage, weights in links.items()}
-        for name, file in ({"tokenizer.json": "tokenizer.json", "read.pt": "read.pt"} | files).items():
-            if not (folder / name).exists():
-                (folder / name).symlink_to((start / file).resolve())
+    def run(self, name: str, stages: list[str], flags: str, start: Path | None = None) -> Path:
+        """Run stages from the weights in the folder `start`. Returns the folder they wrote to."""
+        folder = self.out / re.sub(r"\W+", "_", f"{name} {flags}").strip("_")
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in [start / "tokenizer.json", *start.glob("*.pt")] if start else []:
+            if not (folder / path.name).exists():  # train.py replaces links, and writes to none
+                (folder / path.name).symlink_to(path.resolve())
+        cores = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))}
+        for stage in stages:
+            command = [sys.executable, str(ROOT / "train.py"), f"--out={folder}",
+                       f"--stage={stage}", *self.flags, *flags.split()]
+            done = folder / f"{stage}.done"
+            if done.exists() and done.read_text() == " ".join(command):
+                continue
+            with open(folder / "log.txt", "a") as log:
+                subprocess.run(command, stdout=log, stderr=log, env=os.environ | cores, check=True)
+            done.write_text(" ".join(command))
         return folder
 
-    def read(self) -> Path:
-        """The folder of the first stage, which is the same for all."""
-        folder = self.out / "read"
-        folder.mkdir(exist_ok=True)
-        self.stage(folder, "read", "", jobs=1)
-        return folder
-
-    def see(self, flags: str) -> Path:
-        """The folder of stage 0 with these flags."""
-        folder = self.folder(f"see {flags}", self.read())
-        self.stage(folder, "see", flags, self.jobs)
-        return folder
-
-    def stages_1_and_2(self, flags: str) -> Path:
-        """The two stages of the papers at half the preset's length, from the stage 0 that belongs to the flags."""
-        first, _, more = flags.rpartition("|")
-        folder = self.folder(f"run {flags}", self.see(first.strip()), see="see")
-        for stage in ("align", "instruct"):
-            self.stage(folder, stage, f"--align-samples 50% --instruct-samples 50% {first} {more}", self.jobs)
-        return folder
-
-    def all(self, flags: list[str]) -> list[Path]:
-        """The folders of all runs. Each stage 0 is trained before what starts from it."""
-        self.read()
+    def run_all(self, runs: list[tuple[str, str, str]]) -> list[tuple[str, Path]]:
+        """(label, folder) of runs as in `TABLES`. Each stage 0 is trained once, for all of them."""
+        language = self.run("language", ["language"], "")
         with ThreadPoolExecutor(self.jobs) as pool:
-            list(pool.map(self.see, sorted({these.rpartition("|")[0].strip() for these in flags})))
-            return list(pool.map(self.stages_1_and_2, flags))
+            vision = {first: pool.submit(self.run, "vision", ["vision"], first, language)
+                      for first in {first for _, first, _ in runs}}
+            folders = [pool.submit(self.run, "run", ["align", "instruct"], f"{first} {more}",
+                                   vision[first].result()) for _, first, more in runs]
+            return [(label, folder.result()) for (label, *_), folder in zip(runs, folders)]
 
 
-# ---- Measuring what a run left behind -------------------------------------------------------------
+def larger_pictures(runner: Runner) -> list[tuple[str, Path]]:
+    """(label, folder) of a run, and of its model shown pictures of 1.5 and 2 times the side."""
+    trained = runner.run_all([("", "", "")])[0][1]
+    side = load_file(trained / "instruct.pt")["run"]["vit"]["image_size"][0]
+    runs = [(f"{side}, as trained", trained)]
+    for larger in (3 * side // 2, 2 * side):
+        flags = f"--image-size {larger} {larger}"
+        save_padded(trained / "instruct.pt", larger, runner.run("padded", [], flags, trained))
+        runs += [(f"{larger}, {how}", runner.run(name, ["evaluate"], flags, trained))
+                 for how, name in (("not interpolated", "padded"), ("interpolated", "plain"))]
+    return runs
+
+
+def save_padded(source: Path, side: int, folder: Path) -> None:
+    """The model for pictures of another side: learned positions in a corner, zeros elsewhere."""
+    saved = load_file(source)
+    vit, weights = saved["config"]["vit"], saved["model"]
+    old, new = (length // vit["patch_size"] for length in (vit["image_size"][0], side))
+    class_token, patches = weights["vit.position_embedding"].split([1, old * old], dim=1)
+    grid = nn.functional.pad(patches.unflatten(1, (old, old)), (0, 0, 0, new - old, 0, new - old))
+    weights["vit.position_embedding"] = torch.cat([class_token, grid.flatten(1, 2)], dim=1)
+    vit["image_size"] = (side, side)
+    save_file(saved, folder / "instruct.pt")
+
+
+# ---- Measuring what a run left behind --------------------------------------------------------
 
 @torch.no_grad()
 def text_drift(folder: Path, config: train.Config) -> dict:
-    """What the stages did to text without pictures: perplexity of the answers to questions about written
-    descriptions, and the share of logits that are not bit for bit those of the decoder from stage 0."""
-    texts, tokenizer = train.Task(config).test["read"], Tokenizer.load(folder / "tokenizer.json")
-    collate = train.make_collate(tokenizer, config)
-    batch = collate.conversations([texts[i] for i in range(len(texts))])
-    logits, perplexity = {}, {}
-    for stage in ("see", "align", "instruct"):
+    """What `align` and `instruct` did to text without pictures: perplexity of the right answers to
+    questions about written descriptions, and the share of logits that are not the same bits."""
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    texts, logits, perplexity = train.Task(config).test["language"], [], []
+    for stage in ("vision", "align", "instruct"):
         model = MLLM.load(folder / f"{stage}.pt").eval()
-        # No images: an empty tensor keeps adapters in the graph.
-        logits[stage] = model(batch["input_ids"], batch["images"])[0]
-        perplexity[stage] = model(**batch)[1].exp().item()
-    changed = (logits["instruct"] != logits["see"]).float().mean().item()
-    return {"text ppl": perplexity["see"], "after align": perplexity["align"],
-            "after instruct": perplexity["instruct"], "logits changed": changed}
+        collate = train.collate_for(model, tokenizer, config)
+        batch = collate.conversations([texts[i] for i in range(len(texts))])
+        # `images` is an empty tensor here, which keeps adapters at work; None would not.
+        logits.append(model(batch["input_ids"], batch["images"])[0])
+        perplexity.append(model(**batch)[1].exp().item())
+    changed = (logits[2] != logits[0]).float().mean().item()
+    return dict(zip(DRIFT[1:], [*perplexity, changed]))
 
 
 @torch.no_grad()
 def sight(folder: Path, config: train.Config, n: int = 500, among: int = 100) -> dict:
-    """Of the Q-Former after `see`, on held-out pictures: nats per token of ITG, how often ITC finds a picture's own
-    text among `among`, how often ITM, if it has learned, tells pairs from hard wrong ones."""
-    model, tokenizer = MLLM.load(folder / "see.pt").eval(), Tokenizer.load(folder / "tokenizer.json")
-    collate = train.make_collate(tokenizer, model.config)
-    scenes = Scenes(train.Task(config).spec, "see", n, "test")
-    sums = torch.zeros(3)
+    """Of the Q-Former after `vision`, on held-out pictures: nats per token of ITG, how often ITC
+    finds a picture's own text among `among`, how often ITM tells pairs from hard wrong ones."""
+    model, tokenizer = MLLM.load(folder / "vision.pt"), Tokenizer.load(folder / "tokenizer.json")
+    collate = train.collate_for(model.eval(), tokenizer, config)
+    scenes, sums = Scenes(train.Task(config).spec, "vision", n, "test"), torch.zeros(3)
     for start in range(0, n, among):
         batch = collate.pairs([scenes[i] for i in range(start, start + among)])
-        images, text = batch["images"], batch["text"]
-        features = model.ln_vision(model.vit(images))
+        features, text = model.ln_vision(model.vit(batch["images"])), batch["text"]
         itg, queries = model.qformer.itg_loss(features, batch["to_generate"])
         found = model.qformer.similarity(queries, text).argmax(dim=1)
-        own = (text[found] == text).all(dim=1).float().mean()                     # some scenes share their text
-        sums += torch.stack([itg, own, itm_accuracy(model, features, text, queries)])
-    itg, own, matched = (sums / (n / among)).tolist()
-    return {"ITG nats": itg, "recall@1": own, "ITM right": matched}
+        own = (text[found] == text).all(dim=1).float().mean()  # some scenes share their text
+        sums += torch.stack([itg, own, itm_accuracy(model.qformer, features, text, queries)])
+    return dict(zip(("ITG nats", "recall@1", "ITM right"), (sums / (n / among)).tolist()))
 
 
-def itm_accuracy(model: MLLM, features: torch.Tensor, text: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-    """Share right of 2B pairs: each text with its picture, and with the wrong one that ITC finds most like it."""
+def itm_accuracy(qformer, features: Tensor, text: Tensor, queries: Tensor) -> Tensor:
+    """Share right of 2B pairs: each text (B, T) with its picture, features (B, P, Dv), and with
+    the wrong one that ITC finds most like it."""
     same = (text[:, None] == text[None]).all(dim=2)
-    hardest = model.qformer.similarity(queries, text).masked_fill(same, float("-inf")).argmax(dim=0)
-    rows = model.qformer.encode(torch.cat([features, features[hardest]]), text.repeat(2, 1), "joint")
-    is_pair = model.qformer.itm_head(rows[:, :model.config.n_queries]).mean(dim=1).argmax(dim=1)
+    similarity = qformer.similarity(queries, text).masked_fill(same, float("-inf"))
+    images = torch.cat([features, features[similarity.argmax(dim=0)]])
+    rows = qformer.encode(images, text.repeat(2, 1), "joint")[:, :qformer.n_queries]
+    is_pair = qformer.itm_head(rows).mean(dim=1).argmax(dim=1)
     return (is_pair == (torch.arange(2 * len(text)) < len(text))).float().mean()
 
 
 @torch.no_grad()
-def ms_an_image(model: MLLM, n: int = 64, repeats: int = 20) -> float:
-    """Median time of an image's way to the decoder, in a batch of n, float32, on the CPU."""
-    images, times = torch.randn(n, 3, *model.config.image_size), []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        model.encode_images(images)
-        times.append(time.perf_counter() - start)
-    return median(times) / n * 1000
-
-
 def measure(folder: Path, columns: tuple[str, ...]) -> dict:
-    """The columns of a run's line."""
+    """The columns of a run's row."""
+    weights = load_file(folder / "instruct.pt")["model"]
     metrics = json.loads((folder / "metrics.json").read_text())
-    config, seconds = train.Config(**metrics["config"]), metrics["seconds_by_stage"]
-    saved = torch.load(folder / "instruct.pt", weights_only=True)
-    model = MLLM.load(folder / "instruct.pt").eval()
-    line = {"right": metrics["qa_accuracy"], "never-seen pairs": metrics["qa_accuracy_unseen"],
-            "blind": metrics["qa_accuracy_blind"], "descriptions": metrics["description_exact"],
-            "reading": metrics["reading_accuracy"],
-            "learning": metrics["learning_parameters"]["instruct"], "GB": saved["memory"],
-            "seconds": seconds["align"] + seconds["instruct"], "see seconds": seconds["see"],
-            "rows": model.config.n_rows, "patches": config.n_patches,
-            "connector parameters": train.count_parameters(model, ("qformer", "projector")),
-            "weights MB": sum(value.numel() * value.element_size() for value in saved["model"].values()) / 1e6}
-    if "ms an image" in columns:
-        line["ms an image"] = ms_an_image(model)
+    config, spent = train.Config(**metrics["config"]), metrics["seconds_by_stage"]
+    model, size = MLLM.load(folder / "instruct.pt").eval(), config.vit["image_size"]
+    images, sizes = torch.randn(64, 3, *size), dict.fromkeys(PARTS, 0)
+    for name, value in weights.items():
+        sizes[part_of(name)] += value.numel()
+    row = {"right": metrics["qa_accuracy"], "never-seen pairs": metrics["qa_accuracy_unseen"],
+           "blind": metrics["qa_accuracy_blind"], "descriptions": metrics["description_exact"],
+           "reading": metrics["reading_accuracy"], "vision seconds": spent["vision"],
+           "seconds": spent["align"] + spent["instruct"], "rows": model.config.n_rows(size),
+           "trainable": sum(sizes[part] for part in train.shares_of(config, "instruct")),
+           "connector parameters": sizes["qformer"] + sizes["projector"],
+           "patches": size[0] * size[1] // config.vit["patch_size"] ** 2,
+           "weights MB": sum(value.nbytes for value in weights.values()) / 1e6,
+           "ms an image": 1e3 * seconds(lambda: model.encode_images(images))[0] / len(images)}
     if "text ppl" in columns:
-        line |= text_drift(folder, config)
+        row |= text_drift(folder, config)
     if "recall@1" in columns:
-        line |= sight(folder, config)
-    return {name: line[name] for name in columns}
+        row |= sight(folder, config)
+    return {name: row[name] for name in columns}
 
 
-def checkpointing(n: int = 16, repeats: int = 3) -> list[dict]:
-    """A step of a ViT-S/14 on n images of 224 x 224, on the CPU in float32: what is kept for the way back, how long
-    it takes, and the largest difference of a gradient to that of the first line."""
-    lines, gradients, images = [], [], torch.rand(n, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+def checkpointing(n: int = 16, n_layers: int = 12) -> list[dict]:
+    """A step of a ViT-S/14 on n images of 224 x 224, in float32 on the CPU. The largest difference
+    is that of a gradient to the first row's."""
+    steps, rows, gradients, images = [], [], [], torch.rand(n, 3, 224, 224)
     for label, again in (("kept", False), ("computed again", True)):
         torch.manual_seed(0)
-        vit, kept, times = ViT(224, 14, 384, 12, 6, use_grad_checkpoint=again), {}, []
-        own = {parameter.untyped_storage().data_ptr() for parameter in vit.parameters()}
-
-        def keep(x: torch.Tensor) -> torch.Tensor:
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        for _ in range(repeats):
-            vit.zero_grad()
-            kept.clear()
-            start = time.perf_counter()
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-                loss = vit(images).square().mean()
-            held = sum(size for pointer, size in kept.items() if pointer not in own)
-            loss.backward()
-            times.append(time.perf_counter() - start)
+        vit = ViT(224, 14, 384, n_layers, 6, use_grad_checkpoint=again)
+        kept, y = kept_for_backward(vit, lambda: vit(images))
+        y.square().mean().backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in vit.parameters()]))
-        lines.append({"activations": label, "kept MB": held / 1e6, "seconds": median(times),
-                      "largest difference": (gradients[-1] - gradients[0]).abs().max().item()})
-    return lines
-
-
-# ---- Larger pictures ------------------------------------------------------------------------------
-
-def larger_pictures(runner: Runner) -> list[tuple[str, Path]]:
-    """Trained at the preset's size, shown pictures of 1.5 and 2 times the side: with the position embedding
-    interpolated, with zeros where the learned grid ends, and after a short tuning of ViT, projector and adapters.
-    (label, folder) of each."""
-    trained = runner.all([""])[0]
-    model = MLLM.load(trained / "instruct.pt")
-    side, runs = model.config.image_size[0], []
-    for larger in (3 * side // 2, 2 * side):
-        size = f"--image-size {larger} {larger}"
-        plain = runner.folder(f"{larger} interpolated", trained, see="see", align="align", instruct="instruct")
-        padded = runner.folder(f"{larger} padded", trained, see="see", align="align")
-        tuned = runner.folder(f"{larger} tuned", trained, see="see", align="instruct")
-        save_padded(model, larger, trained, padded)
-        runs += [(f"{larger}, not interpolated", padded, "evaluate", size),
-                 (f"{larger}, interpolated", plain, "evaluate", size),
-                 (f"{larger}, interpolated and tuned", tuned, "instruct",
-                  f"{size} --instruct-samples 20% --recipe xcomposer2 --decoder-lr 0")]
-    with ThreadPoolExecutor(runner.jobs) as pool:
-        list(pool.map(lambda run: runner.stage(*run[1:], runner.jobs), runs))
-    return [(f"{side}, as trained", trained)] + [(label, folder) for label, folder, _, _ in runs]
-
-
-def save_padded(model: MLLM, side: int, start: Path, folder: Path) -> None:
-    """The model for larger pictures whose learned positions stay in the top left corner, zeros elsewhere."""
-    larger = model.renewed(replace(model.config, image_size=(side, side)))
-    rows, columns = model.vit.grid
-    with torch.no_grad():
-        positions = torch.zeros(*larger.vit.grid, model.config.vit_dim)
-        positions[:rows, :columns] = model.vit.position_embedding[0, 1:].unflatten(0, (rows, columns))
-        larger.vit.position_embedding[0, 1:] = positions.flatten(0, 1)
-    saved = torch.load(start / "instruct.pt", weights_only=True)
-    larger.save(folder / "instruct.pt", **{key: saved[key] for key in ("losses", "seconds", "memory", "learning")})
-
-
-# ---- Table and chart ------------------------------------------------------------------------------
-
-def show(value) -> str:
-    """A cell of the table; "0" is exactly zero."""
-    if isinstance(value, str) or value == 0:
-        return str(value or 0)
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.0f}" if value >= 100 else f"{value:.3f}" if value >= 0.01 else f"{value:.4f}"
-
-
-def print_table(lines: list[dict]) -> None:
-    """The lines as Markdown."""
-    print(f"\n| {' | '.join(lines[0])} |\n|{' --- |' * len(lines[0])}")
-    for line in lines:
-        print(f"| {' | '.join(show(value) for value in line.values())} |")
-
-
-def draw_chart(lines: list[dict], path: Path, width: int = 300, row: int = 44) -> None:
-    """For each run a bar of what it answers right, and under it one of never-seen pairs."""
-    font, left = ImageFont.load_default(13), 210
-    chart = Image.new("RGB", (left + width + 50, row * len(lines) + 34), "white")
-    canvas = ImageDraw.Draw(chart)
-    for i, line in enumerate(lines):
-        top = i * row + 8
-        canvas.text((left - 8, top + 14), line[""], "black", font, anchor="rm")
-        for j, (column, color) in enumerate((("right", (45, 85, 215)), ("never-seen pairs", (230, 150, 40)))):
-            y = top + 15 * j
-            canvas.rectangle((left, y, left + width * line[column], y + 13), color)
-            canvas.text((left + width * line[column] + 5, y + 7), f"{line[column]:.2f}", "black", font, anchor="lm")
-    y = row * len(lines) + 16
-    canvas.text((left, y), "right", (45, 85, 215), font, anchor="lm")
-    canvas.text((left + 60, y), "right on never-seen pairs", (190, 110, 10), font, anchor="lm")
-    chart.save(path)
+        rows.append({"activations": label, "kept MB": kept,
+                     "largest difference": (gradients[-1] - gradients[0]).abs().max().item()})
+        steps.append(lambda vit=vit: vit(images).square().mean().backward())
+    return [row | {"seconds": each} for row, each in zip(rows, seconds(*steps))]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description="Change one choice, measure, print a table.")
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--out", type=Path, default=Path("out/ablate"))
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the CPU cores")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
     arguments, flags = parser.parse_known_args()
-    runner, start = Runner(arguments.out, arguments.jobs, flags), time.time()
     columns, runs = TABLES[arguments.table]
-    if arguments.table == "size":
-        runs = larger_pictures(runner)
-    else:
-        runs = list(zip((label for label, _ in runs), runner.all([flags for _, flags in runs]) if runs else ()))
-    lines = [{"": label} | measure(folder, columns) for label, folder in runs] or checkpointing()
-    (arguments.out / f"{arguments.table}.json").write_text(json.dumps(lines, indent=2))
-    if columns:
-        draw_chart(lines, arguments.out / f"{arguments.table}.png")
-    print_table(lines)
-    print(f"\n{time.time() - start:.0f} s, wrote to {arguments.out}")
+    config = train.settings(train.parse_arguments(flags))
+    for stage in ("align", "instruct"):
+        flags.append(f"--{stage}-samples={getattr(config, f'{stage}_samples') // 2}")
+    runner = Runner(arguments.out, arguments.jobs, flags)
+    done = runner.run_all(runs) if runs else larger_pictures(runner) if columns else []
+    rows = [{"": label} | measure(folder, columns) for label, folder in done] or checkpointing()
+    write(rows, arguments.out / f"{arguments.table}.json")
 
 
 if __name__ == "__main__":

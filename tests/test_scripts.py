@@ -1,0 +1,80 @@
+"""The scripts measure what they say; how fast something is decides no test."""
+import json
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+
+import ablate
+import bench
+import train
+from model import MLLM
+
+TINY = ("--device=cpu --batch-size=4 --eval-samples=2 --language-samples=8 --vision-samples=8 "
+        "--align-samples=16 --instruct-samples=16 --set workers=0 --set vit.dim=16 "
+        "--set vit.n_layers=1 --set qformer.dim=16 --set qformer.n_layers=2 --set decoder.dim=24 "
+        "--set decoder.n_layers=1 --set decoder.r=2").split()
+bench.REPEATS = 1
+
+
+def table(monkeypatch, out, name):
+    """Makes a table of `ablate.py` within this process: its rows, and the stages that it ran."""
+    stages = []
+
+    def run(command, **options):
+        monkeypatch.setattr("sys.argv", command[1:])
+        train.main()
+        stages.append(command[3].removeprefix("--stage="))
+
+    monkeypatch.setattr("sys.argv", ["ablate.py", name, f"--out={out}", *TINY])
+    monkeypatch.setattr(ablate.subprocess, "run", run)
+    monkeypatch.setattr(ablate, "sight", partial(ablate.sight, n=8, among=4))
+    monkeypatch.setattr(train, "corpus", partial(train.corpus, at_most=100))
+    ablate.main()
+    return json.loads((out / f"{name}.json").read_text()), sorted(stages)
+
+
+def test_a_table_runs_each_stage_once_with_the_flags_of_its_rows(monkeypatch, tmp_path):
+    monkeypatch.setitem(ablate.TABLES, "mine", (("trainable", "rows", "recall@1", *ablate.DRIFT), [
+        ("a", "", "--recipe plora"), ("b", "", "--recipe plora --set decoder.r=4"),
+        ("c", "--set qformer.n_queries=3", "--recipe lora")]))
+    (a, b, c), stages = table(monkeypatch, tmp_path, "mine")
+    assert stages == ["align"] * 3 + ["instruct"] * 3 + ["language"] + ["vision"] * 2
+    assert b["trainable"] == 2 * a["trainable"] and (a["rows"], b["rows"], c["rows"]) == (16, 16, 3)
+    assert a["logits changed"] == 0 < c["logits changed"]  # LoRA changes text
+    assert a["text ppl"] == a["after instruct"] and c["text ppl"] != c["after instruct"]
+    assert table(monkeypatch, tmp_path, "mine") == ([a, b, c], [])  # not done again
+
+
+def test_larger_pictures_get_padded_or_interpolated_positions(monkeypatch, tmp_path):
+    rows, _ = table(monkeypatch, tmp_path, "size")
+    assert [row["patches"] for row in rows] == [36, 81, 81, 144, 144]
+    plain, padded = (MLLM.load(tmp_path / f"{how}_image_size_72_72" / "instruct.pt")
+                     .vit.position_embedding[0, 1:] for how in ("plain", "padded"))
+    assert torch.equal(padded.unflatten(0, (9, 9))[:6, :6].flatten(0, 1), plain)
+    assert padded.any(dim=1).sum() == 36  # all others are zero
+
+
+def test_matching_is_measured_on_as_many_right_as_wrong_pairs():
+    text = torch.arange(4)[:, None]  # picture i belongs to text i
+    for judge, share in ((torch.eq, 1.0), (torch.ne, 0.0), (lambda a, b: a == a, 0.5)):
+        qformer = SimpleNamespace(
+            n_queries=1, similarity=lambda rows, text: torch.eye(4), itm_head=torch.Tensor.float,
+            encode=lambda a, b, kind: torch.stack([~judge(a, b), judge(a, b)], dim=-1))
+        assert ablate.itm_accuracy(qformer, text, text, None) == share
+
+
+def test_computing_activations_again_keeps_less_and_changes_no_gradient():
+    kept, again = ablate.checkpointing(n=1, n_layers=2)
+    assert again["kept MB"] < kept["kept MB"] / 5 and again["largest difference"] < 1e-6
+
+
+def test_every_flag_of_every_run_is_one_of_the_program():
+    for _, first, more in sum((runs for _, runs in ablate.TABLES.values()), []):
+        train.settings(train.parse_arguments(f"{first} {more}".split()))
+
+
+def test_no_stage_holds_gradients_of_frozen_parts(monkeypatch):
+    monkeypatch.setattr(bench, "CONFIG", train.settings(train.parse_arguments(TINY)))
+    for row in bench.memory():
+        assert row["of frozen parts"] == 0 < row["optimizer"] < 2.5 * row["gradients"]
