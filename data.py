@@ -85,8 +85,9 @@ class SceneSpec:
     max_things: int = 3
 
     def __post_init__(self):
+        most = min(self.n_places, len(self.training_pairs))
         limits = {"n_colors": (2, len(COLORS)), "n_shapes": (1, len(SHAPES)),
-                  "n_places": (1, len(CELLS)), "max_things": (1, self.n_places)}
+                  "n_places": (1, len(CELLS)), "max_things": (1, most)}
         for name, (least, most) in limits.items():
             value = getattr(self, name)
             check(least <= value <= most, f"scenes.{name} must be {least} to {most}, not {value}")
@@ -100,7 +101,8 @@ class SceneSpec:
     def held_out_pairs(self) -> list[tuple[str, str]]:
         """One colour of each shape, for pairs that are in no training picture and no training
         text."""
-        return [(list(COLORS)[i % self.n_colors], SHAPES[i]) for i in range(self.n_shapes)]
+        colors, shapes = list(COLORS)[:self.n_colors], SHAPES[:self.n_shapes]
+        return [(colors[i % len(colors)], shape) for i, shape in enumerate(shapes)]
 
     @property
     def training_pairs(self) -> list[tuple[str, str]]:
@@ -290,6 +292,8 @@ class Scenes(Dataset):
 # ---- Tokenizer: text as ids ------------------------------------------------------------------
 
 # The marks of the prompt template, tokens of their own in a tokenizer that is trained here.
+# <ImageHere> holds the place of an image row, <s> starts a text and sums it up for ITC and ITM,
+# <dec> starts a text that the Q-Former is to generate, ### ends an answer.
 SPECIALS = ["<pad>", "<ImageHere>", "<s>", "<dec>", "###", "Human:", "Assistant:"]
 SPECIALS += ["<Img>", "</Img>"]
 
@@ -302,9 +306,9 @@ LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
 QWEN2 = LLAMA3.replace("{1,3}", "")
 
 # GPT-2's vocabularies write each byte as a character that can be printed.
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
-LETTERS = [chr(byte if byte in PRINTABLE else 256 + OTHERS.index(byte)) for byte in range(256)]
+LETTERS = list(map(chr, range(256)))
+for i, byte in enumerate([*range(33), *range(127, 161), 173]):  # those that cannot
+    LETTERS[byte] = chr(256 + i)
 
 
 @cache
@@ -351,8 +355,10 @@ class Tokenizer:
     def __init__(self, content: dict, bos: str | None = None, eos: str | None = None):
         model, self.pattern = content["model"], word_pattern(content)
         self.content = content | {"bos_token": bos, "eos_token": eos}
-        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        self.vocab, self.rank = model["vocab"], {tuple(pair): i for i, pair in enumerate(pairs)}
+        self.vocab, self.rank = model["vocab"], {}
+        for pair in model["merges"]:
+            pair = pair.split(" ") if isinstance(pair, str) else pair
+            self.rank[tuple(pair)] = len(self.rank)
         self.normalizer = (content.get("normalizer") or {}).get("type")
         self.known_words: dict[str, list[int]] = {}
         added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
@@ -426,8 +432,10 @@ class Tokenizer:
             parts = merge_pair(parts, pair)
         ids = []
         for part in parts:
-            in_bytes = [f"<0x{byte:02X}>" for byte in part.encode("utf-8", "replace")]
-            ids += [self.vocab[name] for name in ([part] if part in self.vocab else in_bytes)]
+            if part in self.vocab:
+                ids.append(self.vocab[part])
+            else:
+                ids += [self.vocab[f"<0x{byte:02X}>"] for byte in part.encode("utf-8", "replace")]
         return ids
 
     def bytes_of(self, name: str) -> bytes:
@@ -455,10 +463,11 @@ class Tokenizer:
         """
         content, beside = read_json(path), Path(path).with_name("tokenizer_config.json")
         names = read_json(beside) if beside.is_file() else content  # as `save` has them
-        symbols = [names.get(key) for key in ("bos_token", "eos_token")]
-        symbols = [name["content"] if isinstance(name, dict) else name for name in symbols]
+        bos, eos = names.get("bos_token"), names.get("eos_token")
+        bos = bos["content"] if isinstance(bos, dict) else bos
+        eos = eos["content"] if isinstance(eos, dict) else eos
         try:
-            return cls(content, *symbols)
+            return cls(content, bos, eos)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not a tokenizer that is known here ({error})") from error
 
@@ -474,8 +483,10 @@ def word_pattern(content: dict) -> re.Pattern | None:
     if any(step.get("add_prefix_space") for step in steps if step["type"] == "ByteLevel"):
         kinds.append("add_prefix_space")
     regex = [step["pattern"].get("Regex") for step in steps if step["type"] == "Split"]
-    if kinds in (["ByteLevel"], ["Digits", "ByteLevel"]):
-        return compile_pattern(GPT2 if len(kinds) == 1 else SMOLLM2)
+    if kinds == ["ByteLevel"]:
+        return compile_pattern(GPT2)
+    if kinds == ["Digits", "ByteLevel"]:
+        return compile_pattern(SMOLLM2)
     if kinds == ["Split", "ByteLevel"] and regex[0] in (QWEN2, LLAMA3):
         return compile_pattern(regex[0])
     if kinds in (["Prepend", "Replace"], ["Metaspace"]) and content["model"].get("byte_fallback"):
@@ -489,13 +500,15 @@ def word_pattern(content: dict) -> re.Pattern | None:
 IGNORED = -100  # the label that cross-entropy skips
 
 
+def plain_text(sample: Sample) -> str:
+    """All questions and answers of a sample, without its images."""
+    text = " ".join(text for turn in sample.turns for text in turn)
+    return " ".join(text.replace("<image>", " ").split())
+
+
 def corpus(samples: Dataset, at_most: int = 5000) -> list[str]:
-    """The words of the first samples, to train a tokenizer on."""
-    texts = []
-    for i in range(min(len(samples), at_most)):
-        words = [text.replace("<image>", " ").split() for turn in samples[i].turns for text in turn]
-        texts.append(" " + " ".join(sum(words, [])))
-    return texts
+    """The texts of the first samples, to train a tokenizer on."""
+    return [" " + plain_text(samples[i]) for i in range(min(len(samples), at_most))]
 
 
 def encode_turns(tokenizer: Tokenizer, turns: list[tuple[str, str | None]], n_rows: int,
@@ -517,7 +530,8 @@ def encode_turns(tokenizer: Tokenizer, turns: list[tuple[str, str | None]], n_ro
 
     for question, answer in turns:
         # The ### that ends an answer also begins the next turn.
-        add(tokenizer.human[ids[-1:] == tokenizer.human[:1]:])
+        is_shared = ids[-1:] == tokenizer.human[:1]
+        add(tokenizer.human[1:] if is_shared else tokenizer.human)
         for i, text in enumerate(question.split("<image>")):
             if i:
                 add(tokenizer.image_open + [tokenizer.image] * n_rows + tokenizer.image_close)
@@ -579,8 +593,7 @@ class Collate:
         with <dec>, the sign that it is to be generated, and ends with ###."""
         mark, texts = self.tokenizer, []
         for sample in samples:
-            words = [text.replace("<image>", " ").strip() for turn in sample.turns for text in turn]
-            ids = mark.encode(mark.space + " ".join(text for text in words if text))
+            ids = mark.encode(mark.space + plain_text(sample))
             texts.append(torch.tensor([mark.summary, *ids[:self.max_len - 2], mark.end]))
         text = pad_sequence(texts, True, mark.pad)
         to_generate = text.clone()
@@ -652,15 +665,17 @@ def as_record(file: str, captions: list[str]) -> dict:
 def read_records(path: Path) -> tuple[list, str]:
     """The records of a file in LLaVA's form, not yet looked into, and its layout: "conversations",
     "annotations" or "captions". Raises ValueError naming the file, and the line of JSONL."""
+    records, captions = [], defaultdict(list)
     if path.suffix == ".json":
         content = read_json(path)
         if not isinstance(content, dict) or "annotations" not in content:
             return content, "conversations"
         check(isinstance(content["annotations"], list), f"{path}: 'annotations' must be a list")
-        return [record if not isinstance(record, dict) else
-                as_record(f"{record.get('image_id')}.jpg", [record.get("caption")])
-                for record in content["annotations"]], "annotations"
-    records, captions = [], defaultdict(list)
+        for record in content["annotations"]:
+            if isinstance(record, dict):
+                record = as_record(f"{record.get('image_id')}.jpg", [record.get("caption")])
+            records.append(record)
+        return records, "annotations"
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if path.suffix == ".jsonl" and line.strip():
             records.append(read_json(f"{path} line {number}", line))
@@ -741,7 +756,7 @@ class Conversations(Dataset):
         check(len(self.records) > 0, f"{path}: there is no usable record in it")
 
     def split(self, every: int) -> "Conversations":
-        """Take each every-th record out of this one and return them."""
+        """Move every n-th record into a new dataset and return that."""
         held_out = copy.copy(self)
         held_out.records = self.records[::every]
         self.records = [record for i, record in enumerate(self.records) if i % every]
@@ -804,24 +819,25 @@ def contact_sheet(pictures: list[Image.Image], texts: list[str], columns: int = 
 
 
 def draw_curves(losses: dict[str, list[float]], path: Path) -> None:
-    """A panel a stage: loss in nats (logarithmic) against steps, smoothed over a fiftieth of it."""
+    """One panel per stage: loss in nats (logarithmic) against steps, smoothed over a fiftieth of
+    it."""
     font, sheet = ImageFont.load_default(13), Image.new("RGB", (360 * len(losses), 240), "white")
     canvas, top, bottom = ImageDraw.Draw(sheet), 30, 212
     for panel, (stage, values) in enumerate(losses.items()):
         values = [value for value in values if math.isfinite(value)] or [1.0]
         # A multiple of four, since ITC and ITM add to the loss of each fourth step.
-        window = min(len(values), 4 * max(1, len(values) // 200))
-        parts = [values[i:i + window] for i in range(0, len(values) - window + 1, window)]
-        logs = [math.log(max(1e-6, sum(part) / window)) for part in parts]
-        low, high, left, right = min(logs), max(logs), panel * 360 + 60, panel * 360 + 348
+        n, window = len(values), min(len(values), 4 * max(1, len(values) // 200))
+        values = np.array(values[:n // window * window]).reshape(-1, window)
+        logs = np.log(values.mean(axis=1).clip(1e-6))
+        low, high, left, right = logs.min(), logs.max(), panel * 360 + 60, panel * 360 + 348
         canvas.rectangle((left, top, right, bottom), outline="gray")
         xs = np.linspace(left, right, len(logs))
-        ys = bottom - (bottom - top) * (np.array(logs) - low) / ((high - low) or 1)
+        ys = bottom - (bottom - top) * (logs - low) / ((high - low) or 1)
         canvas.line(list(zip(xs, ys)), (45, 85, 215), 2)
         canvas.text((left, 8), f"{stage}: loss", "black", font)
         canvas.text((left - 6, top), f"{math.exp(high):.3g}", "black", font, "rt")
         canvas.text((left - 6, bottom), f"{math.exp(low):.3g}", "black", font, "rb")
-        canvas.text((right, bottom + 6), f"{len(values)} steps", "black", font, "rt")
+        canvas.text((right, bottom + 6), f"{n} steps", "black", font, "rt")
     sheet.save(path)
 
 
@@ -838,9 +854,10 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     header = json.loads(data[8:start])
     header.pop("__metadata__", None)
     for name, entry in header.items():
-        first, last = (start + offset for offset in entry["data_offsets"])
-        flat = torch.frombuffer(data, dtype=torch.uint8)[first:last]
-        flat = flat.clone() if first % 8 else flat  # torch wants numbers aligned to their size
+        first, last = entry["data_offsets"]
+        flat = torch.frombuffer(data, dtype=torch.uint8)[start + first:start + last]
+        if (start + first) % 8:  # torch wants numbers aligned to their size
+            flat = flat.clone()
         tensors[name] = flat.view(DTYPES[entry["dtype"]]).view(entry["shape"])
     return tensors
 
@@ -880,9 +897,9 @@ def rename(weights: dict[str, Tensor], ignored: str, rules: list[tuple]) -> dict
             for pattern, replacement in rules:
                 name = re.sub(pattern, replacement, name)
             state[name] = tensor
-    for name in [name for name in state if "<q>" in name]:
-        parts = [name.replace("<q>", part) for part in ("<q>", "<k>", "<v>")]
-        if set(parts) <= set(state):
+    for name in list(state):
+        parts = [name, name.replace("<q>", "<k>"), name.replace("<q>", "<v>")]
+        if "<q>" in name and set(parts) <= set(state):
             state[name.replace("<q>", "")] = torch.cat([state.pop(part) for part in parts])
     return state
 
@@ -995,14 +1012,17 @@ def published_gpt(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
 def main() -> None:
     spec = SceneSpec()
     scenes = Scenes(spec, "instruct", 12)
-    samples = [scenes[i] for i in range(12)]
-    contact_sheet([sample.images[0] for sample in samples],
-                  [describe(scenes.things(i)[0]) for i in range(12)]).save("scenes.png")
+    pictures, texts = [], []
+    for i in range(12):
+        pictures += scenes[i].images
+        texts.append(describe(scenes.things(i)[0]))
+    contact_sheet(pictures, texts).save("scenes.png")
     tokenizer = Tokenizer.train(corpus(Scenes(spec, "language", 500)), 1024)
-    ids, labels = encode_turns(tokenizer, samples[0].turns, n_rows=4, max_len=512)
+    ids, labels = encode_turns(tokenizer, scenes[0].turns, n_rows=4, max_len=512)
     print("scenes.png written. Its first picture as a training sample, with 4 image rows:")
     for position, (token, label) in enumerate(zip(ids, labels)):
-        use = "image" if token == tokenizer.image else "context" if label == IGNORED else "trained"
+        use = "context" if label == IGNORED else "trained"
+        use = "image" if token == tokenizer.image else use
         print(f"{position:4d}  {tokenizer.decode([token])!r:16} {use}")
 
 

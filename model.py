@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from plora import PLoRALinear
-from qformer import QFormer, attend
+from qformer import QFormer, attend, init_linears
 
 # ---- ViT: an image as a sequence of patches --------------------------------------------------
 
@@ -137,12 +137,7 @@ class ViT(nn.Module):
         for name, parameter in self.named_parameters():
             if name in ("position_embedding", "class_token"):
                 nn.init.normal_(parameter, std=0.3)
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                std = 0.0 if name.endswith("mlp.2") else module.in_features ** -0.5
-                nn.init.normal_(module.weight, std=std)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_linears(self, zero="mlp.2")
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """The rows and columns of patches in an image of this size."""
@@ -354,12 +349,7 @@ class GPT(nn.Module):
         To answer from what was said before, a decoder must look back and must match. Small ones
         find that late, so they start with it (the first block looks back, if it has biases).
         """
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                std = 0.0 if name.endswith("w2") else module.in_features ** -0.5
-                nn.init.normal_(module.weight, std=std)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_linears(self, zero="w2")
         nn.init.normal_(self.lm_head.weight, std=0.02)
         for block in self.blocks:
             block.attention.match_alike()

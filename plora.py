@@ -66,8 +66,8 @@ class PLoRALinear(nn.Linear):
         if is_image is None:
             return y
         if is_image.shape != x.shape[:-1]:
-            raise ValueError(f"is_image must have shape {tuple(x.shape[:-1])}, one flag for each row "
-                             f"of x, got {tuple(is_image.shape)}")
+            raise ValueError(f"is_image must have shape {tuple(x.shape[:-1])}, one flag for each "
+                             f"row of x, got {tuple(is_image.shape)}")
         # A frozen adapter must not drop anything, even while the base around it trains.
         drops = self.training and self.lora_A.requires_grad
         low_rank = F.linear(F.dropout(x, self.dropout, drops), self.lora_A)  # (..., r)

@@ -13,7 +13,8 @@ text meet in self-attention only, so one small mask decides what the model can b
 
     a row attends to column j where 1        Q = 2 queries, T = 3 text tokens
 
-    "separate" (ITC)       "joint" (ITM)          "causal" (ITG)
+    "separate": contrast,  "joint": matching,     "causal": generation,
+    ITC                    ITM                    ITG
     1 1 . . .              1 1 1 1 1              1 1 . . .
     1 1 . . .              1 1 1 1 1              1 1 . . .
     . . 1 1 1              1 1 1 1 1              1 1 1 . .
@@ -62,6 +63,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **option
     with torch.autocast("cpu", enabled=False):
         y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, **options)
     return y.to(q.dtype)
+
+
+def init_linears(module: nn.Module, zero: str = "-") -> None:
+    """Matrices N(0, 1 / fan-in), biases 0; matrices of linears whose name ends in `zero` are 0,
+    too."""
+    for name, linear in module.named_modules():
+        if isinstance(linear, nn.Linear):
+            std = 0.0 if name.endswith(zero) else linear.in_features ** -0.5
+            nn.init.normal_(linear.weight, std=std)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
 
 
 class Attention(nn.Module):
@@ -171,10 +183,7 @@ class QFormer(nn.Module):
         Differs: BERT draws matrices from N(0, 0.02), too, which is far too small at width 128.
         """
         nn.init.normal_(self.query_tokens, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features ** -0.5)
-                nn.init.zeros_(module.bias)
+        init_linears(self)
         if self.has_text:
             # After the linears, since the head shares the weight of the words.
             for embedding in (self.word_embedding, self.position_embedding):

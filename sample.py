@@ -64,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--top-k", type=int, default=0, help="draw from the k likeliest tokens only; 0: from all")
     add("--max-new-tokens", type=int, default=100, help="longest answer")
     add("--seed", type=int, help="for the scene and for drawing tokens")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--out", type=Path, default=Path("out"), help="the folder train.py wrote to")
     return parser.parse_args()
 
@@ -80,11 +80,8 @@ def main() -> None:
         print(f"drew {args.out / 'scene.png'}")
     generator = torch.Generator(args.device)
     generator.manual_seed(random.randrange(2**32) if args.seed is None else args.seed)
-    while True:
-        try:
-            question = input("you: ") if args.chat else args.prompt
-        except EOFError:
-            return print()
+    questions = iter(lambda: input("you: "), None) if args.chat else [args.prompt]
+    for question in questions:
         if not args.chat:
             print(f"you: {question}")
         pictures = "" if asked.turns else "<image> " * len(asked.images)
@@ -97,8 +94,6 @@ def main() -> None:
             answer += piece
         print()
         asked.turns[-1] = asked.turns[-1][0], answer
-        if not args.chat:
-            return
 
 
 if __name__ == "__main__":
@@ -106,5 +101,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"sample.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except (KeyboardInterrupt, EOFError):
+        print()

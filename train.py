@@ -244,14 +244,14 @@ def start_of(config: Config, stage: str, tokenizer: Tokenizer, out: Path) -> tup
     if "vit.position_embedding" in weights:
         old, old_grid = weights["vit.position_embedding"], model.vit.grid_of(*vit["image_size"])
         weights["vit.position_embedding"] = resize_positions(old, old_grid, model.vit.grid)
-    # Each name of a trained part must be there, and no other. (A ViT may come without `ln_vision`.)
-    wrong = {name for name in state if part_of(name) in trained} ^ set(weights)
-    wrong = [name for name in sorted(wrong) if "ln_vision" not in name]
-    check(not wrong, f"weights do not fit: {len(wrong)} names missing or left over, as {wrong[:3]}")
     try:
-        model.load_state_dict(weights, strict=False)
+        missing, unknown = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         raise ValueError(f"weights do not fit: {error}") from error
+    # A published ViT may come without `ln_vision`.
+    missing = [name for name in missing if part_of(name) in trained and "ln_vision" not in name]
+    check(not missing and not unknown,
+          f"weights do not fit: missing {missing[:3]}, left over {unknown[:3]}")
     used = {"language": {"decoder"}, "vision": {"vit", "qformer"}}.get(stage, {*PARTS})
     # Adapters may start anew while they are frozen: their B is zero.
     fresh = used & {part_of(name) for name in state} - {"adapters", *trained}
@@ -273,7 +273,8 @@ class Task:
         self.spec, n = SceneSpec(c.vit["image_size"][0], **c.scenes), c.eval_samples
         self.own = Conversations(c.data, c.images, c.skip_bad, c.min_words) if c.data else None
         if self.own:
-            held_out = Conversations(c.val, c.images, c.skip_bad) if c.val else self.own.split(20)
+            held_out = self.own.split(20) if not c.val else Conversations(
+                c.val, c.images, c.skip_bad, c.min_words)
             held_out = held_out.for_task("test")
             self.test = {"qa": Subset(held_out, range(min(n, len(held_out))))}
         else:
@@ -288,11 +289,11 @@ class Task:
         n_turns = self.config.language_turns if stage == "language" else self.config.instruct_turns
         return Scenes(self.spec, stage, 2**40, "train", self.config.seed, n_turns)
 
-    def order(self, stage: str) -> list[int]:
+    def order(self, stage: str, dataset: Dataset) -> list[int]:
         """The numbers of the samples of a stage: a function of seed and stage alone, so that a
         resumed run goes on where the interrupted one was."""
-        c, dataset, order = self.config, self.train(stage), []
-        total, index = steps_of(c, stage) * c.batch_size, STAGES.index(stage)
+        c, index, order = self.config, STAGES.index(stage), []
+        total = steps_of(c, stage) * c.batch_size
         if not self.own:  # no scene twice in a run
             first = sum(getattr(c, f"{earlier}_samples") for earlier in STAGES[:index])
             order = list(range(first, first + total))
@@ -303,13 +304,12 @@ class Task:
 
     def batches(self, stage: str, collate: Collate, first_step: int = 0) -> DataLoader:
         """The micro-batches of this process from a step on."""
-        c, (rank, world) = self.config, rank_and_world()
+        c, dataset, (rank, world) = self.config, self.train(stage), rank_and_world()
         size = c.batch_size // c.accumulate // world
-        order = self.order(stage)[first_step * c.batch_size:]
+        order = self.order(stage, dataset)[first_step * c.batch_size:]
         own = [index for i, index in enumerate(order) if i // size % world == rank]
         collate_fn = collate.pairs if stage == "vision" else collate.conversations
-        return DataLoader(self.train(stage), size, sampler=own, num_workers=c.workers,
-                          collate_fn=collate_fn)
+        return DataLoader(dataset, size, sampler=own, num_workers=c.workers, collate_fn=collate_fn)
 
 
 def by_length(dataset: Dataset, order: list[int], config: Config) -> list[int]:
@@ -384,7 +384,7 @@ class StageLoss(nn.Module):
         self.model, self.stage, self.config = model, stage, config
 
     def forward(self, batch: dict[str, Tensor], step: int = 0) -> Tensor:
-        """A batch of `Collate` -> nats per token."""
+        """A batch of `Collate` -> nats per token (of ITC and ITM: per pair)."""
         if self.stage == "vision":
             return self.vision_loss(batch["images"], batch["text"], batch["to_generate"], step)
         images = None if self.stage == "language" else batch["images"]
@@ -459,8 +459,8 @@ def autocast(device: torch.device, config: Config):
 
 def train_stage(model: MLLM, stage: str, task: Task, collate: Collate, config: Config, out: Path,
                 state: dict | None = None) -> tuple[list[float], float]:
-    """Run one stage, or the rest of it from a saved state. Returns the seconds that it took and the
-    loss of each step; NaN: loss or gradient was not finite, and the step changed nothing."""
+    """Run one stage, or the rest of it from a saved state. Returns the loss of each step, NaN
+    where loss or gradient was not finite and the step changed nothing, and the seconds it took."""
     (rank, world), steps = rank_and_world(), steps_of(config, stage)
     start, losses = time.time(), []
     if state:
@@ -506,8 +506,9 @@ def backward(loss_of: nn.Module, parts: list[dict[str, Tensor]], step: int, pad_
     loss. A part weighs as much as it has trained tokens, so the loss is that of the batch at
     once."""
     device = next(loss_of.parameters()).device
-    parts = [{name: tensor.to(device, non_blocking=True) for name, tensor in part.items()}
-             for part in parts]
+    for part in parts:
+        for name, tensor in part.items():
+            part[name] = tensor.to(device, non_blocking=True)
     counts = [n_trained(part, pad_id) for part in parts]
     total, loss = sum_of_all(sum(counts).clone()), torch.zeros((), device=device)
     for part, n in zip(parts, counts):
@@ -593,7 +594,9 @@ def score(questions: list[Sample], answers: list[str]) -> dict[str, float]:
             right[question.kind].append(given in question.references)
             right["all"].append(given in question.references)
     scores = {kind: sum(right[kind]) / len(right[kind]) for kind in sorted(right)}
-    return scores | ({"bleu4": bleu4(*zip(*texts))} if texts else {})
+    if texts:
+        scores["bleu4"] = bleu4(*zip(*texts))
+    return scores
 
 
 def examine(model: MLLM, samples: Dataset, collate: Collate, config: Config):
@@ -619,8 +622,8 @@ def evaluate(model: MLLM, task: Task, collate: Collate, config: Config, out: Pat
     metrics, pictures, texts = {}, [], []
     for name, samples in task.test.items():
         questions, given = examine(model, samples, collate, config)
-        n = Counter("bleu4" if question.kind == "text" else question.kind for question in questions)
-        n["all"] = len(questions) - n["bleu4"]
+        n = Counter(question.kind for question in questions)
+        n["bleu4"], n["all"] = n["text"], len(questions) - n["text"]
         scores = {column: score(questions, answers) for column, answers in given.items()}
         metrics[f"{names[name]}_by_kind"] = scores
         print(f"\n{name:12} {'questions':>9} {'right':>8} {'blind':>8} {'floor':>8}")
@@ -702,19 +705,23 @@ def with_setting(config: Config, assignment: str) -> Config:
 def settings(arguments: argparse.Namespace) -> Config:
     """The preset, or what the stage before was run with, under what the command line says."""
     config = PRESETS[arguments.preset or ("gpu" if "cuda" in arguments.device else "cpu")]
+    is_first = True
     if arguments.stage and not arguments.preset:
         every = (*STAGES, "evaluate")
         for stage in every[:every.index(arguments.stage)]:
             path = arguments.out / f"{stage}.pt"
-            config = Config(**load_file(path, ["run"])["run"]) if path.exists() else config
+            if path.exists():
+                config, is_first = Config(**load_file(path, ["run"])["run"]), False
     given = {name: value for name, value in vars(arguments).items() if hasattr(config, name)}
     config = replace(config, **given)
     check_config(config)
-    for part, (sizes, _) in published_parts(config).items():
+    for assignment in arguments.set:
+        config = with_setting(config, assignment)
+    for part, (sizes, _) in published_parts(config).items() if is_first else ():
         config = replace(config, **{part: getattr(config, part) | sizes})
     if arguments.image_size:
         config = replace(config, vit=config.vit | {"image_size": tuple(arguments.image_size)})
-    for assignment in arguments.set:
+    for assignment in arguments.set:  # again: they are over what is published
         config = with_setting(config, assignment)
     check_config(config)
     return config
@@ -816,10 +823,13 @@ def main() -> None:
         return
     start, model = time.time(), MLLM.load(out / "instruct.pt", device)
     metrics = evaluate(model, task, collate_for(model, tokenizer, config), config, out)
-    done = {stage: load_file(out / f"{stage}.pt") for stage in needed
-            if (out / f"{stage}.pt").exists()}
-    draw_curves({stage: done[stage]["losses"] for stage in done}, out / "curves.png")
-    seconds = {stage: done[stage]["seconds"] for stage in done} | {"evaluate": time.time() - start}
+    losses, seconds, spent = {}, {}, time.time() - start
+    for path in [out / f"{stage}.pt" for stage in needed]:
+        if path.exists():
+            checkpoint = load_file(path)
+            losses[path.stem], seconds[path.stem] = checkpoint["losses"], checkpoint["seconds"]
+    seconds["evaluate"] = spent
+    draw_curves(losses, out / "curves.png")
     metrics |= {"seconds": sum(seconds.values()), "seconds_by_stage": seconds}
     metrics["config"] = asdict(config)
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2))

@@ -59,7 +59,8 @@ def test_a_chat_remembers_earlier_turns_and_shows_all_pictures_once(run, monkeyp
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo <image>\n"))
     monkeypatch.setattr(sample, "stream", lambda model, tokenizer, asked, *_, **__: given.append(
         (list(asked.turns), [image.getpixel((0, 0)) for image in asked.images])) or ["fine"])
-    run("--chat", "--image", *files)
+    with pytest.raises(EOFError):                         # Ctrl-D, which ends the program
+        run("--chat", "--image", *files)
     pictures, first = [(255, 0, 0), (0, 0, 255)], "<image> <image> one"
     assert given == [([(first, None)], pictures), ([(first, "fine"), ("two  ", None)], pictures)]
 

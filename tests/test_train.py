@@ -131,7 +131,7 @@ def test_a_stage_refuses_other_settings_than_its_weights_have(setting, message, 
 
 @pytest.mark.parametrize("name, change, message", [
     ("trained", lambda parts: parts[:2], "decoder.* would stay frozen with random numbers"),
-    ("model", lambda weights: dict([*weights.items()][1:]), "weights do not fit: 1 names"),
+    ("model", lambda weights: dict([*weights.items()][1:]), "weights do not fit: missing"),
     ("model", lambda weights: weights | {"decoder.norm.weight": torch.ones(3)}, "size mismatch")])
 def test_a_part_whose_weights_do_not_fit_or_are_missing_is_refused(name, change, message, out):
     content = checkpoint(out, "vision")
@@ -360,14 +360,15 @@ def test_batches_depend_neither_on_the_workers_nor_on_where_a_run_went_on(tmp_pa
 
 def test_no_scene_comes_twice_in_a_run_and_own_records_once_in_each_pass(tmp_path):
     task, own = train.Task(config_of()), train.Task(config_of(own_data(tmp_path)))
-    assert sorted(sum(map(task.order, STAGES), [])) == [*range(48)]
-    order = own.order("instruct")
+    orders = [task.order(stage, task.train(stage)) for stage in STAGES]
+    assert sorted(sum(orders, [])) == [*range(48)]
+    order = own.order("instruct", own.train("instruct"))
     assert sorted(order[:5]) == sorted(order[5:10]) == [*range(5)] and order[:5] != order[5:10]
 
 
 def test_texts_of_like_length_meet_in_a_batch_and_batches_come_in_any_order():
     task = train.Task(config_of("language_samples=160"))
-    texts, order = task.train("language"), task.order("language")
+    texts, order = task.train("language"), task.order("language", task.train("language"))
     lengths = [len(str(texts[i].turns)) for i in order]
     spans = [max(lengths[i:i + 4]) - min(lengths[i:i + 4]) for i in range(0, 160, 4)]
     assert sum(spans) / 40 < max(lengths) / 8 and lengths[:64] != sorted(lengths[:64])
