@@ -1,5 +1,4 @@
-"""Pictures, text and what joins them: built-in scenes, a tokenizer, training targets, your own
-data.
+"""Pictures, text and what joins them: scenes, a tokenizer, training targets, your own data.
 
     Scenes ──────┐
                  ├─► Sample (images, turns) ─► encode_turns ─► ids and labels ─► Collate ─► batch
@@ -711,7 +710,7 @@ def clean_caption(text: str, min_words: int) -> str:
 
 
 def read_image(path: str | Path, name: str = "picture") -> Image.Image:
-    """The picture as RGB, turned as its EXIF data say. Raises BadRecord if that cannot be read."""
+    """The picture as RGB, turned as its EXIF data say. Raises BadRecord if it cannot be read."""
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")

@@ -21,6 +21,8 @@ text meet in self-attention only, so one small mask decides what the model can b
     . . 1 1 1              1 1 1 1 1              1 1 1 1 .
     . . 1 1 1              1 1 1 1 1              1 1 1 1 1
 
+(`similarity` runs each side alone, which equals "separate".)
+
 The text half is needed for these losses alone. `vocab_size=0` builds what MiniGPT-4 uses, the
 queries and the layers that they pass through; a trained Q-Former fits it with `strict=False`.
 
