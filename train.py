@@ -1,4 +1,4 @@
-"""Train the model: `python train.py`, six minutes on two CPU cores, no downloads.
+"""Train the model: `python train.py`, seven minutes on two CPU cores, no downloads.
 
     stage      trained on                 what it stands for
     language   text                       a pretrained language model
@@ -24,6 +24,7 @@ import difflib
 import json
 import math
 import os
+import random
 import re
 import sys
 import time
@@ -299,7 +300,7 @@ class Task:
         while len(order) < total:
             generator = torch.Generator().manual_seed(hash((c.seed, index, len(order))))
             order += torch.randperm(len(dataset), generator=generator).tolist()
-        return order[:total]
+        return by_length(dataset, order[:total], c) if stage == "language" else order[:total]
 
     def batches(self, stage: str, collate: Collate, first_step: int = 0) -> DataLoader:
         """The micro-batches of this process from a step on."""
@@ -309,6 +310,19 @@ class Task:
         own = [index for i, index in enumerate(order) if i // size % world == rank]
         collate_fn = collate.pairs if stage == "vision" else collate.conversations
         return DataLoader(dataset, size, sampler=own, num_workers=c.workers, collate_fn=collate_fn)
+
+
+def by_length(dataset: Dataset, order: list[int], config: Config) -> list[int]:
+    """The order with texts of like length in a batch, among 16 batches at a time, so that less of a
+    batch is padding. In the other stages lengths differ less, and mixed batches teach more."""
+    rng, size, batches = random.Random(config.seed), config.batch_size, []
+    # A window is no longer than a few records are, or one of them would fill a batch.
+    width = size * min(16, max(1, len(dataset) // size))
+    for start in range(0, len(order), width):
+        window = sorted(order[start:start + width], key=lambda i: len(str(dataset[i].turns)))
+        window = [window[i:i + size] for i in range(0, len(window), size)]
+        batches += rng.sample(window, len(window))
+    return sum(batches, [])
 
 
 def make_tokenizer(config: Config, task: Task) -> Tokenizer:

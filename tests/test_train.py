@@ -366,6 +366,14 @@ def test_no_scene_comes_twice_in_a_run_and_own_records_once_in_each_pass(tmp_pat
     assert sorted(order[:5]) == sorted(order[5:10]) == [*range(5)] and order[:5] != order[5:10]
 
 
+def test_texts_of_like_length_meet_in_a_batch_and_batches_come_in_any_order():
+    task = train.Task(config_of("language_samples=160"))
+    texts, order = task.train("language"), task.order("language", task.train("language"))
+    lengths = [len(str(texts[i].turns)) for i in order]
+    spans = [max(lengths[i:i + 4]) - min(lengths[i:i + 4]) for i in range(0, 160, 4)]
+    assert sum(spans) / 40 < max(lengths) / 8 and lengths[:64] != sorted(lengths[:64])
+
+
 def test_pictures_to_measure_on_are_not_trained_on(tmp_path):
     task = train.Task(config_of(own_data(tmp_path, 40)))
     measured, trained = ({samples[i].name for i in range(len(samples))}
