@@ -719,12 +719,13 @@ def read_image(path: str | Path, name: str = "picture") -> Image.Image:
 
 
 class Conversations(Dataset):
-    """Pictures and text of your own, in one of three layouts: a file of LLaVA records, JSON or
-    JSONL, see `parse_record`; a folder as MiniGPT-4's `cc_sbu_align`, with filter_cap.json,
-    {"annotations": [{"image_id", "caption"}]}, and image/<image_id>.jpg, whose captions are
-    cleaned for "instruct"; a folder as Flickr8k, with captions.txt or captions.tsv, where each
-    caption is a sample and for "test" all of a picture are the right answers (`references`) to one
-    question.
+    """Pictures and text of your own, in one of three layouts.
+
+    A file of LLaVA records, JSON or JSONL, see `parse_record`.
+    A folder like MiniGPT-4's `cc_sbu_align`: filter_cap.json, {"annotations": [{"image_id",
+    "caption"}]}, and image/<image_id>.jpg. For "instruct" its captions are cleaned.
+    A folder like Flickr8k's: captions.txt or captions.tsv. Each caption is a sample; for "test" all
+    of a picture are the right answers (`references`) to one question.
 
     folder: of the pictures, by default images/, image/ or Images/ beside the file, or where it is.
     skip_bad: leave out records that cannot be used. Raises FileNotFoundError, or ValueError naming

@@ -183,14 +183,14 @@ def model_config(config: Config, stage: str, tokenizer: Tokenizer) -> ModelConfi
     elif not config.qformer_folder:
         qformer["n_layers"] -= config.qformer_drop_last
     row_dim = qformer["dim"] if connector == "qformer" else MERGED[connector] * config.vit["dim"]
-    own = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-    mean, std = published_pixels(config.vit_folder) if config.vit_folder else own
+    pixels = {}
+    if config.vit_folder:
+        pixels["pixel_mean"], pixels["pixel_std"] = published_pixels(config.vit_folder)
     return ModelConfig(
         vit=config.vit, qformer=qformer, connector=connector, max_len=config.max_len,
         projector=config.projector | {"in_dim": row_dim, "out_dim": config.decoder["dim"]},
         decoder={"vocab_size": tokenizer.vocab_size} | config.decoder, pad_id=tokenizer.pad,
-        lora_on=RECIPES[config.recipe]["lora_on"], image_id=tokenizer.image, pixel_mean=mean,
-        pixel_std=std)
+        lora_on=RECIPES[config.recipe]["lora_on"], image_id=tokenizer.image, **pixels)
 
 
 def published_parts(config: Config) -> dict[str, tuple[dict, dict[str, Tensor]]]:
