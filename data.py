@@ -4,9 +4,9 @@
                  ├─► Sample (images, turns) ─► encode_turns ─► ids and labels ─► Collate ─► batch
     Conversations┘                             (the prompt template)             (padding)
 
-`Scenes` are small pictures drawn as they are needed, with questions whose answers are known, so
-that the whole model can be trained and measured with nothing downloaded. `Conversations` are your
-own. The last section makes published weights fit our model; a reader may stop there.
+`Scenes` are drawn as they are needed, with questions whose answers are known: nothing has to be
+downloaded. `Conversations` are your own. A reader may stop at the last section, which makes
+published weights fit our model.
 
     python data.py        draws scenes.png and prints one sample, token by token
 
@@ -34,6 +34,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
+
 
 class BadRecord(ValueError):
     """A record that cannot be trained on; the message names the file and the record."""
@@ -77,16 +78,15 @@ class Thing:
 @dataclass(frozen=True)
 class SceneSpec:
     """How hard the scenes are: the first of `COLORS`, `SHAPES` and `CELLS`."""
-    image_size: int = 48                                  # pixels, height and width
+    image_size: int = 48  # pixels, height and width
     n_colors: int = 5
     n_shapes: int = 4
     n_places: int = 5
     max_things: int = 3
 
     def __post_init__(self):
-        most = min(self.n_places, len(self.training_pairs))
         limits = {"n_colors": (2, len(COLORS)), "n_shapes": (1, len(SHAPES)),
-                  "n_places": (1, len(CELLS)), "max_things": (1, most)}
+                  "n_places": (1, len(CELLS)), "max_things": (1, self.n_places)}
         for name, (least, most) in limits.items():
             value = getattr(self, name)
             check(least <= value <= most, f"scenes.{name} must be {least} to {most}, not {value}")
@@ -98,10 +98,9 @@ class SceneSpec:
 
     @property
     def held_out_pairs(self) -> list[tuple[str, str]]:
-        """One colour of each shape, for pairs that are in no training picture and no training
-        text."""
-        colors, shapes = list(COLORS)[:self.n_colors], SHAPES[:self.n_shapes]
-        return [(colors[i % len(colors)], shape) for i, shape in enumerate(shapes)]
+        """One colour of each shape, for pairs that are in no training picture or text."""
+        colors = list(COLORS)[:self.n_colors]
+        return [(colors[i % len(colors)], SHAPES[i]) for i in range(self.n_shapes)]
 
     @property
     def training_pairs(self) -> list[tuple[str, str]]:
@@ -109,8 +108,8 @@ class SceneSpec:
 
 
 def random_things(spec: SceneSpec, rng: random.Random, held_out: bool = False) -> list[Thing]:
-    """1 to max_things things in reading order, of different pairs, in different cells; one of them
-    (if held_out) or none is of a held-out pair."""
+    """1 to max_things things in reading order, of different pairs, in different cells; the pair of
+    one (if held_out) or of none is held out."""
     n = rng.randint(1, spec.max_things)
     pairs = rng.sample(spec.training_pairs, n)
     if held_out:
@@ -220,18 +219,16 @@ def ask_any(things: list[Thing], spec: SceneSpec, rng: random.Random, held_out: 
 
 @dataclass
 class Sample:
-    """One record of any source. `turns` are (question, answer) texts; the k-th "<image>" in the
-    questions stands for the k-th image."""
+    """One record of any source. turns: (question, answer); "<image>" stands for the next image."""
     images: list[Image.Image]
     turns: list[tuple[str, str | None]]
-    kind: str = "answer"                                  # groups the answers in an examination
-    name: str = "sample"                                  # for error messages
-    references: tuple[str, ...] = ()                      # all right answers, if there are several
+    kind: str = "answer"  # groups the answers in an examination
+    name: str = "sample"  # for error messages
+    references: tuple[str, ...] = ()  # all right answers, if there are several
 
 
 class Scenes(Dataset):
-    """Endless scenes: number i is always the same picture and text for the same spec, split and
-    task.
+    """Endless scenes: number i is always the same picture and text for the same arguments.
 
     task: a training stage, or "question" or "describe" in an examination. split: "train", "test"
     (other pictures of the same pairs) or "unseen" (a held-out pair in each, and asked for).
@@ -252,10 +249,8 @@ class Scenes(Dataset):
 
     def conversation(self, things: list[Thing], rng: random.Random) -> list[tuple[str, str]]:
         """Questions and answers, or else a description; for `language` with the picture in words.
-
         There descriptions are rare: they are copies, easy tokens that crowd out the answers which
-        must be looked up. Captions teach the decoder to write what `align` asks for.
-        """
+        must be looked up. Captions teach the decoder to write what `align` asks for."""
         lot, is_text = rng.random(), self.task == "language"
         if lot < (0.03 if is_text else 0.5):
             turns = [(rng.choice(DESCRIBE), describe(things))]
@@ -267,24 +262,21 @@ class Scenes(Dataset):
         picture = describe(things) if is_text else "<image>"
         return [(f"{picture} {turns[0][0]}", turns[0][1]), *turns[1:]]
 
-    def text(self, i: int, things: list[Thing]) -> tuple[str, list[tuple[str, str]]]:
-        """The kind of text that scene i comes with, and its turns."""
-        rng = random.Random(f"{self.seed} {self.split} {i} text")
-        if self.task == "question":
-            kind, question, answer = ask_any(things, self.spec, rng, self.split == "unseen")
-            return kind, [("<image> " + question, answer)]
-        if self.task in ("language", "instruct"):
-            return self.task, self.conversation(things, rng)
-        if self.task == "align":
-            return self.task, [("<image>", caption(things, rng))]
-        question = "<image> " + DESCRIBE[0] if self.task == "describe" else "<image>"
-        return self.task, [(question, describe(things))]
-
     def __getitem__(self, i: int) -> Sample:
         check(0 <= i < self.n, f"there is no scene {i} of {self.n}", IndexError)
-        things, rng = self.things(i)
-        kind, turns = self.text(i, things)
-        images = [] if self.task == "language" else [draw(things, self.spec.image_size, rng)]
+        things, how = self.things(i)
+        rng, kind = random.Random(f"{self.seed} {self.split} {i} text"), self.task
+        if self.task in ("language", "instruct"):
+            turns = self.conversation(things, rng)
+        elif self.task == "question":
+            kind, question, answer = ask_any(things, self.spec, rng, self.split == "unseen")
+            turns = [("<image> " + question, answer)]
+        elif self.task == "align":
+            turns = [("<image>", caption(things, rng))]
+        else:
+            question = "<image> " + DESCRIBE[0] if self.task == "describe" else "<image>"
+            turns = [(question, describe(things))]
+        images = [] if self.task == "language" else [draw(things, self.spec.image_size, how)]
         return Sample(images, turns, kind, f"scene {i}")
 
 
@@ -300,9 +292,9 @@ SPECIALS += ["<Img>", "</Img>"]
 # Python's `re` does not know, see `compile_pattern`.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SMOLLM2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-QWEN2 = LLAMA3.replace("{1,3}", "")
+# The steps by which a tokenizer.json cuts text; "" is SentencePiece, which does not cut.
+STEPS = {("ByteLevel",): GPT2, ("Digits", "ByteLevel"): SMOLLM2, ("Prepend", "Replace"): "",
+         ("Metaspace",): ""}
 
 # GPT-2's vocabularies write each byte as a character that can be printed.
 LETTERS = list(map(chr, range(256)))
@@ -326,6 +318,23 @@ def compile_pattern(pattern: str) -> re.Pattern:
     return re.compile(pattern)
 
 
+def word_pattern(content: dict) -> re.Pattern | None:
+    """What a word is to a tokenizer.json; None for SentencePiece. Raises ValueError for another."""
+    steps, regex = [], None
+    for part in (content.get("normalizer"), content.get("pre_tokenizer")):
+        for step in part.get("normalizers", part.get("pretokenizers", [part])) if part else ():
+            if step["type"] == "Split":  # Qwen2 and Llama 3 bring their own pattern
+                regex = step["pattern"].get("Regex")
+            steps.append("add_prefix_space" if step["type"] == "ByteLevel"
+                         and step.get("add_prefix_space") else step["type"])
+    steps = tuple(step for step in steps if step != "NFC")  # `words` knows it
+    pattern = regex if steps == ("Split", "ByteLevel") else STEPS.get(steps)
+    check(bool(pattern) or pattern == "" and content["model"].get("byte_fallback", False),
+          f"{content['model'].get('type')} with the steps {steps} is not known, only those of "
+          "GPT-2, SmolLM2, Qwen2, Llama 3 and LLaMA")
+    return compile_pattern(pattern) if pattern else None
+
+
 def to_letters(word: str) -> str:
     return "".join(LETTERS[byte] for byte in word.encode("utf-8", "replace"))
 
@@ -342,13 +351,12 @@ def merge_pair(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 class Tokenizer:
-    """Byte-pair encoding: any text in, ids out, and back. content: what a `tokenizer.json` holds.
+    """Byte-pair encoding (arXiv 1508.07909, section 3.2): any text in, ids out, and back.
 
-    Two families are known. On bytes: those trained here, GPT-2, SmolLM2, Qwen2, Llama 3. On
-    characters, with "\u2581" for a space and bytes for what is in no token, as SentencePiece has
-    it: LLaMA, Vicuna. bos and eos: the symbols of start and end. `encode` never yields an added
-    token, so text cannot fake an image or the end of an answer. Source: arXiv 1508.07909, section
-    3.2, on bytes as in GPT-2.
+    content: what a `tokenizer.json` holds; bos and eos: the symbols of start and end. Two families
+    are known. On bytes: those trained here, GPT-2, SmolLM2, Qwen2, Llama 3. On characters, with
+    "\u2581" for a space and bytes for what is in no token: LLaMA's SentencePiece. `encode` never
+    yields an added token, so text cannot fake an image or the end of an answer.
     """
 
     def __init__(self, content: dict, bos: str | None = None, eos: str | None = None):
@@ -455,43 +463,16 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Read a `tokenizer.json`; `tokenizer_config.json` beside it names the symbols of start
-        and end.
-
-        Raises FileNotFoundError, or ValueError naming the file and what is not known in it.
-        """
+        """Read a `tokenizer.json`; `tokenizer_config.json` beside it names start and end symbols.
+        Raises FileNotFoundError, or ValueError naming the file and what is not known in it."""
         content, beside = read_json(path), Path(path).with_name("tokenizer_config.json")
         names = read_json(beside) if beside.is_file() else content  # as `save` has them
-        bos, eos = names.get("bos_token"), names.get("eos_token")
-        bos = bos["content"] if isinstance(bos, dict) else bos
-        eos = eos["content"] if isinstance(eos, dict) else eos
+        symbols = [names.get("bos_token"), names.get("eos_token")]
+        symbols = [symbol["content"] if isinstance(symbol, dict) else symbol for symbol in symbols]
         try:
-            return cls(content, bos, eos)
-        except (ValueError, KeyError, TypeError) as error:
+            return cls(content, *symbols)
+        except (ValueError, KeyError, TypeError, re.error) as error:
             raise ValueError(f"{path}: not a tokenizer that is known here ({error})") from error
-
-
-def word_pattern(content: dict) -> re.Pattern | None:
-    """What a word is to a tokenizer.json; None for SentencePiece. Raises ValueError for another."""
-    normalizer, steps = content.get("normalizer") or {}, []
-    is_nfc = normalizer.get("type") == "NFC"  # which `words` knows
-    for part in ({} if is_nfc else normalizer, content.get("pre_tokenizer")):
-        if part:
-            steps += part.get("normalizers", part.get("pretokenizers", [part]))
-    kinds = [step["type"] for step in steps]
-    if any(step.get("add_prefix_space") for step in steps if step["type"] == "ByteLevel"):
-        kinds.append("add_prefix_space")
-    regex = [step["pattern"].get("Regex") for step in steps if step["type"] == "Split"]
-    if kinds == ["ByteLevel"]:
-        return compile_pattern(GPT2)
-    if kinds == ["Digits", "ByteLevel"]:
-        return compile_pattern(SMOLLM2)
-    if kinds == ["Split", "ByteLevel"] and regex[0] in (QWEN2, LLAMA3):
-        return compile_pattern(regex[0])
-    if kinds in (["Prepend", "Replace"], ["Metaspace"]) and content["model"].get("byte_fallback"):
-        return None
-    raise ValueError(f"{content['model'].get('type')} with the steps {kinds} {regex} is not known, "
-                     "only those of GPT-2, SmolLM2, Qwen2, Llama 3 and LLaMA")
 
 
 # ---- From a sample to ids and labels ---------------------------------------------------------
@@ -516,10 +497,10 @@ def encode_turns(tokenizer: Tokenizer, turns: list[tuple[str, str | None]], n_ro
 
         <s>###Human: <Img>(n_rows placeholders)</Img> What color is the circle?###Assistant: red###
 
-    Labels are the ids on each answer and the ### that ends it, and -100 everywhere else. An answer
-    of None ends the ids where the model is to go on. What is longer than max_len is cut at the
-    end. Published vocabularies end an answer with their own end symbol. Raises ValueError when the
-    cut would take image rows or leave nothing to train on.
+    Labels are the ids on each answer and the ### (in published vocabularies: their end symbol)
+    that ends it, and -100 everywhere else. An answer of None ends the ids where the model is to go
+    on. What is longer than max_len is cut at the end. Raises ValueError when the cut would take
+    image rows or leave nothing to train on.
     """
     ids, labels = list(tokenizer.start), [IGNORED] * len(tokenizer.start)
 
@@ -554,9 +535,8 @@ def to_pixels(image: Image.Image, size: tuple[int, int], mean: tuple[float, ...]
               std: tuple[float, ...] = HALF) -> Tensor:
     """A picture, squashed to size (height, width) -> (3, height, width) float32: (value - mean) /
     std of values in [0, 1], by default in [-1, 1]."""
-    height, width = size
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    if image.size != size[::-1]:
+        image = image.resize(size[::-1], Image.Resampling.BICUBIC)
     pixels = np.asarray(image, dtype=np.float32) / 255  # (height, width, 3)
     pixels = (pixels - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32)
     return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -587,9 +567,9 @@ class Collate:
                 "labels": pad_sequence(labels, True, IGNORED), "images": self.images(samples)}
 
     def pairs(self, samples: list[Sample]) -> dict[str, Tensor]:
-        """{"images" (B, 3, height, width), "text" (B, T), "to_generate" (B, T)}: each first image
-        and its text, for the Q-Former's losses. Text begins with <s>, whose row sums it up, or
-        with <dec>, the sign that it is to be generated, and ends with ###."""
+        """{"images" (B, 3, height, width), "text" (B, T), "to_generate" (B, T)}:
+        each first image and its text, for the Q-Former's losses. Text begins with
+        <s>, whose row sums it up, or <dec>, the sign to generate it, and ends with ###."""
         mark, texts = self.tokenizer, []
         for sample in samples:
             ids = mark.encode(mark.space + plain_text(sample))
@@ -612,17 +592,24 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path, text: str = ""):
-    """The content of a file, or of a text in it. Raises FileNotFoundError, or ValueError naming
-    it."""
+    """The content of a file, or of a text in it. Raises as `read_text` does."""
     try:
         return json.loads(text or read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
 
 
+def read_image(path: str | Path, name: str = "picture") -> Image.Image:
+    """The picture as RGB, turned as its EXIF data say. Raises BadRecord if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadRecord(f"{name}: cannot read image {path} ({error})") from error
+
+
 def parse_record(record, folder: Path, name: str) -> tuple[list[Path], list[tuple[str, str]], str]:
-    """A LLaVA record -> the paths of its pictures, its turns, its name for messages. Raises
-    BadRecord.
+    """A LLaVA record -> the paths of its pictures, its turns, its name. Raises BadRecord.
 
     {"image": FILE or a list of them or none, "conversations": [{"from": "human" or "gpt", "value":
     TEXT}, ...]}, with "<image>" in the questions once for each picture.
@@ -630,19 +617,17 @@ def parse_record(record, folder: Path, name: str) -> tuple[list[Path], list[tupl
     def must(is_right: bool, message: str) -> None:
         check(is_right, f"{name}: {message}", BadRecord)
 
-    must(isinstance(record, dict) and isinstance(record.get("conversations"), list),
-         "expected an object with a list 'conversations'")
-    name += f" (id {record['id']})" if "id" in record else ""
-    for i, message in enumerate(record["conversations"]):
-        must(isinstance(message, dict) and isinstance(message.get("value"), str),
-             f"message {i} must be an object with 'from' and a text 'value'")
-        must(message.get("from") == ("human", "gpt")[i % 2],
-             f"message {i} is from {message.get('from')!r}: 'human' and 'gpt' take turns")
-    texts = [message["value"] for message in record["conversations"]]
-    must(len(texts) > 0 and len(texts) % 2 == 0, "expected pairs of a question and an answer")
+    try:
+        name += f" (id {record['id']})" if "id" in record else ""
+        speakers = [message["from"] for message in record["conversations"]]
+        texts = [message["value"].strip() for message in record["conversations"]]
+        files = record.get("image") or []
+    except (TypeError, KeyError, AttributeError) as error:
+        raise BadRecord(f"{name}: not in LLaVA's form ({error!r})") from error
+    must(len(texts) > 0 and speakers == ["human", "gpt"] * (len(texts) // 2),
+         f"expected pairs from 'human' and 'gpt', got {speakers}")
     for text in texts[1::2]:
-        must(bool(text.strip()) and "<image>" not in text, f"{text!r} cannot be an answer")
-    files = record.get("image") or []
+        must(text != "" and "<image>" not in text, f"{text!r} cannot be an answer")
     files = files if isinstance(files, list) else [files]
     n = sum(text.count("<image>") for text in texts)
     must(n == len(files), f"{n} <image> placeholders in the text, but {len(files)} images")
@@ -653,7 +638,7 @@ def parse_record(record, folder: Path, name: str) -> tuple[list[Path], list[tupl
 
 
 def as_record(file: str, captions: list[str]) -> dict:
-    """A picture and its captions in LLaVA's form: each caption answers a question without words."""
+    """A picture in LLaVA's form: each of its captions answers a question without words."""
     messages = []
     for i, text in enumerate(captions):
         messages.append({"from": "human", "value": "" if i else "<image>"})
@@ -664,25 +649,20 @@ def as_record(file: str, captions: list[str]) -> dict:
 def read_records(path: Path) -> tuple[list, str]:
     """The records of a file in LLaVA's form, not yet looked into, and its layout: "conversations",
     "annotations" or "captions". Raises ValueError naming the file, and the line of JSONL."""
-    records, captions = [], defaultdict(list)
     if path.suffix == ".json":
         content = read_json(path)
-        if not isinstance(content, dict) or "annotations" not in content:
-            return content, "conversations"
-        check(isinstance(content["annotations"], list), f"{path}: 'annotations' must be a list")
-        for record in content["annotations"]:
-            if isinstance(record, dict):
-                record = as_record(f"{record.get('image_id')}.jpg", [record.get("caption")])
-            records.append(record)
-        return records, "annotations"
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if path.suffix == ".jsonl" and line.strip():
-            records.append(read_json(f"{path} line {number}", line))
-        elif line.strip():  # "7.jpg<TAB>A dog." or "7.jpg,A dog.", "7.jpg#0" for the first of many
-            file, *text = line.split("\t", 1) if "\t" in line else next(csv.reader([line]))
-            captions[re.sub(r"#\d+$", "", file.strip())].append(",".join(text).strip())
+        if isinstance(content, dict) and "annotations" in content:
+            return [as_record(f"{record.get('image_id')}.jpg", [record.get("caption")])
+                    for record in content["annotations"]], "annotations"
+        check(isinstance(content, list), f"{path}: expected a list of records")
+        return content, "conversations"
+    lines = [(i, line) for i, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
     if path.suffix == ".jsonl":
-        return records, "conversations"
+        return [read_json(f"{path} line {i}", line) for i, line in lines], "conversations"
+    captions = defaultdict(list)
+    for _, line in lines:  # "7.jpg<TAB>A dog." or "7.jpg,A dog.", "7.jpg#0" for the first of many
+        file, *text = line.split("\t", 1) if "\t" in line else next(csv.reader([line]))
+        captions[re.sub(r"#\d+$", "", file.strip())].append(",".join(text).strip())
     captions.pop("image", None)  # the headline "image,caption"
     return [as_record(file, texts) for file, texts in captions.items()], "captions"
 
@@ -709,23 +689,14 @@ def clean_caption(text: str, min_words: int) -> str:
     return text if len(re.findall(r"\w+", text)) >= min_words else ""
 
 
-def read_image(path: str | Path, name: str = "picture") -> Image.Image:
-    """The picture as RGB, turned as its EXIF data say. Raises BadRecord if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadRecord(f"{name}: cannot read image {path} ({error})") from error
-
-
 class Conversations(Dataset):
     """Pictures and text of your own, in one of three layouts.
 
     A file of LLaVA records, JSON or JSONL, see `parse_record`.
     A folder like MiniGPT-4's `cc_sbu_align`: filter_cap.json, {"annotations": [{"image_id",
     "caption"}]}, and image/<image_id>.jpg. For "instruct" its captions are cleaned.
-    A folder like Flickr8k's: captions.txt or captions.tsv. Each caption is a sample; for "test" all
-    of a picture are the right answers (`references`) to one question.
+    A folder like Flickr8k's: captions.txt. Each caption is a sample; for "test" all of a picture
+    are the right answers (`references`) to one question.
 
     folder: of the pictures, by default images/, image/ or Images/ beside the file, or where it is.
     skip_bad: leave out records that cannot be used. Raises FileNotFoundError, or ValueError naming
@@ -734,15 +705,13 @@ class Conversations(Dataset):
 
     def __init__(self, path: str | Path, folder: str = "", skip_bad: bool = False,
                  min_words: int = 5):
-        path = Path(path)
+        path, self.records, self.task, self.min_words = Path(path), [], "", min_words
         if path.is_dir():
-            files = [path / name for name in ("filter_cap.json", "captions.tsv", "captions.txt")]
-            path = next((file for file in files if file.is_file()), files[-1])
+            is_cc_sbu = (path / "filter_cap.json").is_file()
+            path = path / ("filter_cap.json" if is_cc_sbu else "captions.txt")
         beside = [path.parent / name for name in ("images", "image", "Images", ".")]
         folder = Path(folder or next(one for one in beside if one.is_dir()))
-        self.records, self.task, self.min_words = [], "", min_words
         records, self.layout = read_records(path)
-        check(isinstance(records, list), f"{path}: expected a list of records")
         for i, record in enumerate(records):
             try:
                 parsed = parse_record(record, folder, f"{path} record {i}")
@@ -767,18 +736,18 @@ class Conversations(Dataset):
         """The same records as another task wants them."""
         other, asks = copy.copy(self), task in ("instruct", "test")
         other.task, other.records = task, []
-        instructions = DESCRIBE if self.layout == "annotations" else CAPTION
         for paths, turns, name in self.records:
             if self.layout == "annotations" and asks:
                 turns = [(turns[0][0], clean_caption(turns[0][1], self.min_words))]
             if self.layout != "conversations":  # always the same instruction for a picture
+                instructions = DESCRIBE if self.layout == "annotations" else CAPTION
                 chosen = random.Random(name).choice(instructions) if asks else ""
                 turns = [(f"<image> {chosen}", text) for _, text in turns if text]
-            samples = [turns]
-            if self.layout == "captions" and task != "test":
-                samples = [[turn] for turn in turns]
-            if turns and (paths or task != "vision"):
-                other.records += [(paths, sample, name) for sample in samples]
+            if not turns or task == "vision" and not paths:
+                continue
+            is_apart = self.layout == "captions" and task != "test"
+            for sample in [[turn] for turn in turns] if is_apart else [turns]:
+                other.records.append((paths, sample, name))
         if self.layout == "annotations" and asks:
             print(f"{len(other.records)} of {len(self.records)} captions are left after cleaning")
         check(len(other.records) > 0, f"there is nothing for {task!r} in {self.records[0][2]} ff.")
@@ -792,11 +761,10 @@ class Conversations(Dataset):
         if self.task == "language":
             turns = [(question.replace("<image>", " "), answer) for question, answer in turns]
             return Sample([], turns, name=name)
-        references = ()
+        sample = Sample([read_image(path, name) for path in paths], turns, name=name)
         if self.layout == "captions" and self.task == "test":
-            turns, references = turns[:1], tuple(answer for _, answer in turns)
-        images = [read_image(path, name) for path in paths]
-        return Sample(images, turns, name=name, references=references)
+            sample.turns, sample.references = turns[:1], tuple(answer for _, answer in turns)
+        return sample
 
 
 # ---- Pictures for people ---------------------------------------------------------------------
@@ -819,8 +787,7 @@ def contact_sheet(pictures: list[Image.Image], texts: list[str], columns: int = 
 
 
 def draw_curves(losses: dict[str, list[float]], path: Path) -> None:
-    """One panel per stage: loss in nats (logarithmic) against steps, smoothed over a fiftieth of
-    it."""
+    """One panel per stage: loss in nats (logarithmic) against steps, smoothed."""
     font, sheet = ImageFont.load_default(13), Image.new("RGB", (360 * len(losses), 240), "white")
     canvas, top, bottom = ImageDraw.Draw(sheet), 30, 212
     for panel, (stage, values) in enumerate(losses.items()):
@@ -843,6 +810,30 @@ def draw_curves(losses: dict[str, list[float]], path: Path) -> None:
 
 # ---- Published weights: not needed to understand the model -----------------------------------
 
+# The sizes in a config.json of each family, with those that it may leave out.
+CLIP = {"image_size": 224, "patch_size": 32, "hidden_size": 768, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "intermediate_size": 3072, "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5, "qkv_bias": True}
+EVA = {"image_size": 224, "patch_size": 14, "hidden_size": 1408, "num_hidden_layers": 39,
+       "num_attention_heads": 16, "intermediate_size": 6144, "hidden_act": "gelu",
+       "layer_norm_eps": 1e-6, "qkv_bias": True}
+BLIP2 = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+         "intermediate_size": 3072, "layer_norm_eps": 1e-12, "encoder_hidden_size": 1408,
+         "cross_attention_frequency": 2, "num_query_tokens": 32}
+LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32,
+         "num_attention_heads": 32, "num_key_value_heads": None, "intermediate_size": 11008,
+         "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_word_embeddings": False}
+QWEN = LLAMA | {"vocab_size": 151936, "intermediate_size": 22016}
+# Our names of these sizes, where they differ; and values of others without which nothing fits.
+OURS = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
+        "num_key_value_heads": "n_kv_heads", "intermediate_size": "ffn_dim",
+        "hidden_act": "activation", "layer_norm_eps": "norm_eps", "rms_norm_eps": "norm_eps",
+        "encoder_hidden_size": "encoder_width", "tie_word_embeddings": "tied",
+        "cross_attention_frequency": "cross_attention_every", "num_query_tokens": "n_queries"}
+KNOWN = {"hidden_act": ("gelu", "quick_gelu", "silu"), "attention_bias": (False,),
+         "use_sliding_window": (False,), "rope_type": ("default",), "type": ("default",)}
+
+
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
@@ -862,12 +853,23 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def read_folder(folder: str | Path, **known: tuple) -> tuple[dict, dict[str, Tensor]]:
-    """config.json and the tensors of a model folder. Raises FileNotFoundError, or ValueError for a
-    damaged file, or where the config has another value than one of those known for a name."""
+def read_folder(folder: str | Path, families: dict[str, dict],
+                *sections: str) -> tuple[str, dict, dict[str, Tensor]]:
+    """A model's type, its sizes under our names, and its tensors under theirs.
+
+    families: the sizes by model_type; sections: parts of config.json that hold some of them.
+    Raises FileNotFoundError, or ValueError for a damaged file or something that is not known here.
+    """
     folder, weights = Path(folder), {}
     config = read_json(folder / "config.json")
-    refuse(folder, {"model_type": None} | config, **known)
+    kind = config.get("model_type")
+    check(kind in families, f"{folder}: model_type {kind!r} is not known here, only {[*families]}")
+    config = families[kind] | config
+    for section in sections:
+        config |= config.get(section) or {}
+    for name, known in KNOWN.items():
+        value = config.get(name, known[0])
+        check(value in known, f"{folder}: {name} {value!r} is not known here, only {known}")
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     check(len(files) > 0, f"{folder}: no weights, model*.safetensors or pytorch_model*.bin",
           FileNotFoundError)
@@ -877,20 +879,13 @@ def read_folder(folder: str | Path, **known: tuple) -> tuple[dict, dict[str, Ten
                         torch.load(path, map_location="cpu", weights_only=True))
         except (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
             raise ValueError(f"{path}: damaged, or no weights ({str(error)[:200]})") from error
-    return config, weights
-
-
-def refuse(folder: str | Path, config: dict, **known: tuple) -> None:
-    """Raises ValueError where a config has another value than one of those known for a name."""
-    for name, values in known.items():
-        value = config.get(name, values[0])
-        check(value in values, f"{folder}: {name} {value!r} is not known here, only {values}")
+    return kind, {OURS.get(name, name): config[name] for name in families[kind]}, weights
 
 
 def rename(weights: dict[str, Tensor], ignored: str, rules: list[tuple]) -> dict[str, Tensor]:
     """The tensors under our names: each rule (pattern, replacement) in turn; then "<q>", "<k>" and
-    "<v>" are stacked. What begins with `ignored` is left out. A name that fits no rule stays as it
-    is: `load_state_dict` will report it."""
+    "<v>" are stacked. What begins with `ignored` is left out. What fits no rule keeps its name:
+    `load_state_dict` will report it."""
     state = {}
     for name, tensor in weights.items():
         if not re.match(ignored, name):
@@ -904,20 +899,6 @@ def rename(weights: dict[str, Tensor], ignored: str, rules: list[tuple]) -> dict
     return state
 
 
-# What their config.json files may leave out.
-CLIP = {"image_size": 224, "patch_size": 32, "hidden_size": 768, "num_hidden_layers": 12,
-        "num_attention_heads": 12, "intermediate_size": 3072, "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5, "qkv_bias": True}
-EVA = {"image_size": 224, "patch_size": 14, "hidden_size": 1408, "num_hidden_layers": 39,
-       "num_attention_heads": 16, "intermediate_size": 6144, "hidden_act": "gelu",
-       "layer_norm_eps": 1e-6, "qkv_bias": True}
-BLIP2 = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-         "intermediate_size": 3072, "hidden_act": "gelu", "layer_norm_eps": 1e-12,
-         "encoder_hidden_size": 1408, "cross_attention_frequency": 2}
-LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32,
-         "num_attention_heads": 32, "intermediate_size": 11008, "rms_norm_eps": 1e-6,
-         "rope_theta": 10_000, "tie_word_embeddings": False, "attention_bias": False}
-QWEN = LLAMA | {"vocab_size": 151936, "intermediate_size": 22016}
 VIT_RULES = [
     (r"^vision_model\.", ""), (r"^embeddings\.", ""), (r"^class_embedding", "class_token"),
     (r"^position_embedding\.weight", "position_embedding"), (r"^pre_layrnorm", "pre_norm"),
@@ -942,71 +923,49 @@ def published_vit(folder: str | Path, drop_last: int = 0) -> tuple[dict, dict[st
     """The arguments of a `ViT` and its weights: CLIP's (`openai/clip-vit-large-patch14`) or
     BLIP-2's, which is EVA-CLIP's ViT-g/14 (`Salesforce/blip2-opt-2.7b`). drop_last: how many of
     the last blocks to leave out, one of CLIP's in LLaVA. Raises FileNotFoundError, ValueError."""
-    kinds = "clip", "clip_vision_model", "blip-2", "blip_2_vision_model"
-    config, weights = read_folder(folder, model_type=kinds)
-    is_clip = config["model_type"] in kinds[:2]
-    c = (CLIP if is_clip else EVA) | (config.get("vision_config") or config)
-    refuse(folder, c, hidden_act=("gelu", "quick_gelu"))
-    depth = c["num_hidden_layers"]
+    kind, sizes, weights = read_folder(
+        folder, {"clip": CLIP, "clip_vision_model": CLIP, "blip-2": EVA,
+                 "blip_2_vision_model": EVA}, "vision_config")
+    is_clip, depth, side = "clip" in kind, sizes["n_layers"], sizes["image_size"]
     check(0 <= drop_last < depth, f"drop_last {drop_last} must leave one of {depth} blocks")
-    arguments = dict(
-        image_size=(c["image_size"], c["image_size"]), patch_size=c["patch_size"],
-        dim=c["hidden_size"], n_layers=depth - drop_last, n_heads=c["num_attention_heads"],
-        mlp_ratio=c["intermediate_size"] / c["hidden_size"], activation=c["hidden_act"],
-        norm_eps=c["layer_norm_eps"], qkv_bias=c["qkv_bias"], pre_norm=is_clip,
-        post_norm=not is_clip)
+    sizes |= {"image_size": (side, side), "n_layers": depth - drop_last, "pre_norm": is_clip,
+              "post_norm": not is_clip, "mlp_ratio": sizes.pop("ffn_dim") / sizes["dim"]}
     ignored = r".*position_ids|text_|visual_projection|logit_scale|qformer\.|query_tokens|language_"
     ignored += "".join(rf"|.*encoder\.layers\.{i}\." for i in range(depth - drop_last, depth))
     if is_clip:  # its last norm is the class token's alone
         ignored += "|.*post_layernorm"
     state = rename(weights, ignored, VIT_RULES)
     for name in {"class_token", "position_embedding"} & set(state):
-        state[name] = state[name].reshape(1, -1, c["hidden_size"])
-    return arguments, state
+        state[name] = state[name].reshape(1, -1, sizes["dim"])
+    return sizes, state
 
 
-def published_pixels(folder: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def published_pixels(folder: str | Path) -> dict[str, tuple[float, ...]]:
     """Mean and deviation of the pixels that a published ViT was trained with; by default CLIP's."""
     path = Path(folder) / "preprocessor_config.json"
     content = read_json(path) if path.is_file() else {}
-    return (tuple(content.get("image_mean", (0.48145466, 0.4578275, 0.40821073))),
-            tuple(content.get("image_std", (0.26862954, 0.26130258, 0.27577711))))
+    mean, std = content.get("image_mean"), content.get("image_std")
+    return {"pixel_mean": tuple(mean or (0.48145466, 0.4578275, 0.40821073)),
+            "pixel_std": tuple(std or (0.26862954, 0.26130258, 0.27577711))}
 
 
 def published_qformer(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """The arguments of a `QFormer` without text half and its weights, BLIP-2's
     (`Salesforce/blip2-opt-2.7b`). Raises FileNotFoundError, ValueError."""
-    config, weights = read_folder(folder, model_type=("blip-2",))
-    c = BLIP2 | (config.get("qformer_config") or {})
-    refuse(folder, c, hidden_act=("gelu",))
-    arguments = dict(
-        dim=c["hidden_size"], n_layers=c["num_hidden_layers"], n_heads=c["num_attention_heads"],
-        n_queries=config.get("num_query_tokens", 32), encoder_width=c["encoder_hidden_size"],
-        cross_attention_every=c["cross_attention_frequency"], ffn_dim=c["intermediate_size"],
-        norm_eps=c["layer_norm_eps"])
-    return arguments, rename(weights, r"vision_model|language_|qformer\.embeddings", QFORMER_RULES)
+    _, sizes, weights = read_folder(folder, {"blip-2": BLIP2}, "qformer_config")
+    return sizes, rename(weights, r"vision_model|language_|qformer\.embeddings", QFORMER_RULES)
 
 
 def published_gpt(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """The arguments of a `GPT` and its weights, without adapters: of the LLaMA family (SmolLM2,
     TinyLlama, Vicuna) or Qwen2. Raises FileNotFoundError, ValueError."""
-    config, weights = read_folder(folder, model_type=("llama", "qwen2"), hidden_act=("silu",),
-                                  use_sliding_window=(False,))
-    is_qwen, rope = config["model_type"] == "qwen2", config.get("rope_parameters")
-    rope = rope or config.get("rope_scaling") or {}
-    refuse(folder, rope, rope_type=("default",), type=("default",))
-    c = (QWEN if is_qwen else LLAMA) | config | rope
-    dim, n_heads, tied = c["hidden_size"], c["num_attention_heads"], c["tie_word_embeddings"]
-    refuse(folder, c, head_dim=(dim // n_heads, None))
-    arguments = dict(
-        vocab_size=c["vocab_size"], dim=dim, n_layers=c["num_hidden_layers"], n_heads=n_heads,
-        n_kv_heads=c.get("num_key_value_heads") or n_heads, ffn_dim=c["intermediate_size"],
-        rope_theta=float(c["rope_theta"]), norm_eps=c["rms_norm_eps"], tied=tied,
-        qkv_bias=is_qwen or c["attention_bias"], wo_bias=c["attention_bias"])
+    kind, sizes, weights = read_folder(folder, {"llama": LLAMA, "qwen2": QWEN}, "rope_scaling",
+                                       "rope_parameters")
+    tied = sizes["tied"]
     state = rename(weights, r".*rotary_emb" + (r"|lm_head" if tied else ""), GPT_RULES)
     if tied and "token_embedding.weight" in state:
         state["lm_head.weight"] = state["token_embedding.weight"]
-    return arguments, state
+    return sizes | {"qkv_bias": kind == "qwen2"}, state
 
 
 def main() -> None:

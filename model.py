@@ -14,9 +14,7 @@ What makes it multimodal is the line in the middle, `MLLM.embed`. In short:
     logits = decoder(x, is_image=input_ids == image_id)  # adapters act on image rows alone
 
 A batch holds B texts and N images, in the order of their placeholders; a text may have none or
-several. An image stands in its text as Q placeholder ids, so the length of a text is known before
-the model runs, and every shape is static until logits are taken of the trained positions alone.
-
+several. An image stands in its text as Q placeholder ids, so every length is known beforehand.
 The parts follow BLIP-2 (arXiv 2301.12597), MiniGPT-4 (2304.10592), InternLM-XComposer2
 (2401.16420).
 
@@ -52,8 +50,8 @@ ACTIVATIONS = {"gelu": nn.GELU, "quick_gelu": QuickGELU, "relu": nn.ReLU, "silu"
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """In training, drop a whole residual branch for a random share `rate` of the samples; what is
-    kept is scaled by 1 / (1 - rate), so the expectation stays. Source: arXiv 1603.09382."""
+    """In training, drop a residual branch for a random share `rate` of the samples and scale the
+    others by 1 / (1 - rate), so that the expectation stays. Source: arXiv 1603.09382."""
     if not training or rate == 0:
         return x
     is_kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= rate  # (B, 1, 1)
@@ -95,15 +93,13 @@ def resize_positions(positions: Tensor, grid: tuple[int, int], new_grid: tuple[i
 
 
 class ViT(nn.Module):
-    """Vision transformer: a strided convolution cuts an image into patches, pre-LN blocks relate
-    them.
+    """Vision transformer: a strided convolution cuts an image into patches, blocks relate them.
 
     image_size: side, or (height, width), in pixels, that the position embedding is laid out for;
-    for other sizes it is interpolated. dim Dv; mlp_ratio: hidden width over dim. EVA-CLIP ViT-g/14
-    is ViT(224, 14, 1408, 39, 16, mlp_ratio=4.3637); CLIP ViT-L/14 is ViT(224, 14, 1024, 24, 16,
-    pre_norm=True, activation="quick_gelu"). No final norm unless post_norm: `MLLM.ln_vision` is
-    that. Raises ValueError when sizes are no multiple of patch_size or dim does not divide into
-    heads. Source: arXiv 2010.11929, section 3.1.
+    for other sizes it is interpolated. EVA-CLIP ViT-g/14 is ViT(224, 14, 1408, 39, 16,
+    mlp_ratio=4.3637); CLIP ViT-L/14 is ViT(224, 14, 1024, 24, 16, pre_norm=True,
+    activation="quick_gelu"). The final norm is `MLLM.ln_vision`, unless post_norm. Raises
+    ValueError when sizes do not divide. Source: arXiv 2010.11929, section 3.1.
     """
 
     def __init__(self, image_size: int | tuple[int, int], patch_size: int, dim: int, n_layers: int,
@@ -147,8 +143,8 @@ class ViT(nn.Module):
         return height // self.patch_size, width // self.patch_size
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (N, 3, height, width), pixels in [-1, 1] or as published weights were trained with
-        -> (N, P [+ 1], Dv), the class token first."""
+        """images (N, 3, height, width), pixels in [-1, 1] or as published weights want them ->
+        (N, P [+ 1], Dv), the class token first."""
         grid = self.grid_of(*images.shape[2:])
         x = self.patch_embedding(images).flatten(2).transpose(1, 2)  # (N, P, Dv)
         if self.class_token is not None:
@@ -168,11 +164,7 @@ class ViT(nn.Module):
 class PatchMerge(nn.Module):
     """n consecutive patches side by side in one row: (N, 1 + P, Dv) -> (N, P / n, n Dv), without
     the class token. n = 1 is LLaVA's way (arXiv 2304.08485), n = 4 MiniGPT-v2's (2310.09478,
-    section 2.1).
-
-    Patches count line by line: where a line is no multiple of n, a row joins two lines at the edge.
-    Raises ValueError when P is no multiple of n.
-    """
+    section 2.1). Patches count line by line: a row may join two lines at the edge of the image."""
 
     def __init__(self, n: int):
         super().__init__()
@@ -180,8 +172,6 @@ class PatchMerge(nn.Module):
 
     def forward(self, image_features: Tensor) -> Tensor:
         N, P, Dv = image_features[:, 1:].shape
-        if P % self.n:
-            raise ValueError(f"patch merging puts {self.n} patches in a row, but there are {P}")
         return image_features[:, 1:].reshape(N, P // self.n, self.n * Dv)  # (N, P / n, n Dv)
 
 
@@ -191,26 +181,26 @@ def make_projector(in_dim: int, out_dim: int, kind: str = "linear", hidden_dim: 
 
     kind: "linear"; "mlpNx_gelu", N linears with GELU between them (LLaVA's is "mlp2x_gelu");
     "mlp", two linears through hidden_dim (0: out_dim) with a chosen activation; "identity", for
-    one width. ValueError for anything else. normalization adds a LayerNorm of the output.
+    one width. ValueError for another kind. normalization adds a LayerNorm of the output.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}: use one of {', '.join(ACTIVATIONS)}")
     depth = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
     if kind == "linear":
-        layers = [nn.Linear(in_dim, out_dim)]
+        widths = [in_dim, out_dim]
     elif kind == "mlp":
-        hidden_dim = hidden_dim or out_dim
-        layers = [nn.Linear(in_dim, hidden_dim), ACTIVATIONS[activation](),
-                  nn.Linear(hidden_dim, out_dim)]
+        widths = [in_dim, hidden_dim or out_dim, out_dim]
     elif depth:
-        layers = [nn.Linear(in_dim, out_dim)]
-        for _ in range(int(depth[1]) - 1):
-            layers += [nn.GELU(), nn.Linear(out_dim, out_dim)]
+        widths, activation = [in_dim] + [out_dim] * int(depth[1]), "gelu"
     elif kind == "identity" and in_dim == out_dim:
-        layers = []
+        widths = []
     else:
         raise ValueError(f"no projector {kind!r} from width {in_dim} to {out_dim}: use 'linear', "
                          "'mlp', 'mlpNx_gelu' (N = 1, 2, ...) or, within one width, 'identity'")
+    layers = []
+    for width, next_width in zip(widths, widths[1:]):
+        layers += [nn.Linear(width, next_width), ACTIVATIONS[activation]()]
+    layers = layers[:-1]  # none after the last linear
     if normalization:
         layers.append(nn.LayerNorm(out_dim))
     return nn.Sequential(*layers)
@@ -237,17 +227,15 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 class GPTAttention(nn.Module):
     """Causal grouped-query attention: n_heads query heads share n_kv_heads key/value heads.
 
-    `wqkv` holds all query heads, then all key heads, then all value heads. Source: arXiv
-    2305.13245.
+    `wqkv` holds all query heads, then all keys', then all values'. Source: arXiv 2305.13245.
     """
 
-    def __init__(self, dim: int, n_heads: int, n_kv_heads: int, qkv_bias: bool, wo_bias: bool,
-                 **lora):
+    def __init__(self, dim: int, n_heads: int, n_kv_heads: int, qkv_bias: bool, **lora):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, dim // n_heads
         qkv_dim = (n_heads + 2 * n_kv_heads) * self.head_dim
         self.wqkv = PLoRALinear(dim, qkv_dim, bias=qkv_bias, **lora)
-        self.wo = PLoRALinear(dim, dim, bias=wo_bias, **lora)
+        self.wo = PLoRALinear(dim, dim, **lora)
 
     @torch.no_grad()
     def match_alike(self) -> None:
@@ -314,23 +302,21 @@ class GPT(nn.Module):
     """Decoder-only transformer of the LLaMA / InternLM2 family: RMSNorm, RoPE, grouped-query
     attention, SwiGLU, and Partial LoRA in all five linears of a block (wqkv, wo, w1, w2, w3).
 
-    It takes embeddings, not ids, so that rows of any origin can stand among the tokens. dim D;
-    ffn_dim: hidden width of SwiGLU, by default 8/3 dim; r, alpha, lora_dropout: see `PLoRALinear`.
-    Raises ValueError when dim, n_heads and n_kv_heads do not divide. Source: arXiv 2302.13971,
-    section 2.2.
+    It takes embeddings, not ids, so that rows of any origin can stand among the tokens. ffn_dim:
+    hidden width of SwiGLU, by default 8/3 dim; r, alpha, lora_dropout: see `PLoRALinear`. Raises
+    ValueError when dim and heads do not divide. Source: arXiv 2302.13971, section 2.2.
     """
 
     def __init__(self, vocab_size: int, dim: int, n_layers: int, n_heads: int,
                  n_kv_heads: int | None = None, ffn_dim: int | None = None,
                  rope_theta: float = 10_000.0, norm_eps: float = 1e-5, qkv_bias: bool = False,
-                 wo_bias: bool = False, tied: bool = False, r: int = 256, alpha: float = 256,
-                 lora_dropout: float = 0.05):
+                 tied: bool = False, r: int = 256, alpha: float = 256, lora_dropout: float = 0.05):
         super().__init__()
         n_kv_heads, ffn_dim = n_kv_heads or n_heads, ffn_dim or 8 * dim // 3
         if dim % n_heads or n_heads % n_kv_heads or dim // n_heads % 2:
             raise ValueError(f"dim {dim} must give n_heads {n_heads} an even width each, and "
                              f"n_kv_heads {n_kv_heads} divide n_heads")
-        attention = dict(n_heads=n_heads, n_kv_heads=n_kv_heads, qkv_bias=qkv_bias, wo_bias=wo_bias)
+        attention = dict(n_heads=n_heads, n_kv_heads=n_kv_heads, qkv_bias=qkv_bias)
         lora = dict(r=r, alpha=alpha, dropout=lora_dropout)
         self.head_dim, self.rope_theta = dim // n_heads, rope_theta
         self.token_embedding = nn.Embedding(vocab_size, dim)
@@ -363,13 +349,11 @@ class GPT(nn.Module):
 
     def forward(self, x: Tensor, is_image: Tensor | None = None, positions: Tensor | None = None,
                 cache: list[Tensor] | None = None, at: tuple[Tensor, ...] = ()) -> Tensor:
-        """x (B, T, D) embeddings, is_image (B, T) bool, True where adapters act -> logits (B, T,
-        V).
+        """x (B, T, D), is_image (B, T) bool, True where adapters act -> logits (B, T, V).
 
-        positions (B or 1, T) count from 0, by default 0 .. T-1. With a cache, x may be the next
-        few tokens only: their keys and values are kept at their positions, and they attend to all
-        up to their own. at: two index tensors (N,) into B and T, for logits (N, V) of these
-        positions alone.
+        positions (B or 1, T), by default 0 .. T-1. With a cache, x may be the next few tokens
+        only: their keys and values are kept at their positions, and they attend to all up to their
+        own. at: two index tensors (N,) into B and T, for logits (N, V) of these positions alone.
         """
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
@@ -396,11 +380,8 @@ def part_of(parameter_name: str) -> str:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """All that is needed to build an `MLLM` and to feed it; a checkpoint stores it.
-
-    vit, qformer, projector, decoder: the arguments of `ViT`, `QFormer`, `make_projector` and `GPT`.
-    connector: one of `CONNECTORS`; only "qformer" needs the arguments of a Q-Former.
-    """
+    """All that is needed to build an `MLLM` and to feed it; a checkpoint stores it. vit, qformer,
+    projector, decoder: the arguments of `ViT`, `QFormer`, `make_projector` and `GPT`."""
     vit: dict
     projector: dict
     decoder: dict
@@ -427,8 +408,8 @@ class ModelConfig:
 
 def pick_token(logits: Tensor, temperature: float = 0.0, top_k: int = 0,
                generator: torch.Generator | None = None) -> Tensor:
-    """logits (B, V) -> ids (B,): the likeliest at temperature 0, else a draw from
-    softmax(logits / temperature), cut to the top_k likeliest (0: all)."""
+    """logits (B, V) -> ids (B,): the likeliest at temperature 0, else a draw from softmax(logits /
+    temperature), cut to the top_k likeliest (0: all)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
@@ -454,10 +435,7 @@ class MLLM(nn.Module):
         self.decoder = GPT(**c.decoder)
 
     def train_only(self, parts: Collection[str]) -> None:
-        """Make these of PARTS trainable, freeze the others. Raises ValueError for an unknown
-        part."""
-        if unknown := set(parts) - set(PARTS):
-            raise ValueError(f"unknown parts {sorted(unknown)}: use some of {PARTS}")
+        """Make these of PARTS trainable, freeze the others."""
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(part_of(name) in parts)
         self.train()
@@ -475,9 +453,9 @@ class MLLM(nn.Module):
 
     @torch.no_grad()
     def cast_frozen(self, dtype: torch.dtype) -> None:
-        """Keep weights and biases of frozen linear and convolution layers in another dtype, for
-        half the memory; all else stays float32 (but an embedding tied to a linear). Run it under
-        autocast then. Source: `convert_weights_to_fp16` in the code of BLIP-2 and MiniGPT-4."""
+        """Keep frozen linear and convolution layers in another dtype, for half the memory; all else
+        stays float32 (but an embedding tied to a linear). Run it under autocast then. Source:
+        `convert_weights_to_fp16` in the code of BLIP-2 and MiniGPT-4."""
         for module in self.modules():
             if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
                 for parameter in (module.weight, module.bias):
@@ -491,7 +469,7 @@ class MLLM(nn.Module):
 
     def adapted(self, is_image: Tensor, has_images: bool) -> Tensor | None:
         """The rows (B, T) that adapters change: with Partial LoRA those of images, with LoRA all.
-        Without images Partial LoRA has None: the plain decoder runs, which costs nothing extra."""
+        None (Partial LoRA without images): the plain decoder runs, which costs nothing extra."""
         if self.config.lora_on == "all":
             return torch.ones_like(is_image)
         return is_image if has_images else None
@@ -501,7 +479,7 @@ class MLLM(nn.Module):
 
         input_ids (B, T) with Q times `image_id` for each image, images (N, 3, height, width) in
         order, or None for text alone -> (B, T, D) and the (B, T) of `adapted`. Raises ValueError
-        when the placeholders are not those of N images.
+        when the placeholders do not fit the images.
         """
         is_image = input_ids == self.config.image_id  # (B, T)
         # Ids of placeholders and padding may lie beyond a published vocabulary; any row will do.
@@ -525,11 +503,10 @@ class MLLM(nn.Module):
         """input_ids (B, T) right-padded, images (N, 3, height, width), labels (B, T) or None.
 
         images None: text alone. An empty tensor of images instead keeps the adapters in the graph,
-        with gradients of zero. labels hold the id to predict *at* each position, -100 where
-        nothing is trained. Returns logits (B, T, V) and None; with labels the logits of the N
-        trained positions alone (N, V), since a vocabulary is wide and answers are few, and the
-        loss in nats per trained token. Padding needs no mask: it comes after all tokens, and
-        causal attention looks back only.
+        with gradients of zero. labels hold the id at each position, -100 where it is not trained.
+        Returns logits (B, T, V) and None; with labels the logits (N, V) of the trained positions
+        alone, since a vocabulary is wide and answers are few, and the loss in nats per token.
+        Padding needs no mask: it comes after all tokens, and attention looks back only.
         """
         x, is_adapted = self.embed(input_ids, images)
         if labels is None:
@@ -542,13 +519,11 @@ class MLLM(nn.Module):
     @torch.no_grad()
     def generate(self, prompts: list[Tensor], images: Tensor | None, max_new_tokens: int,
                  stop_id: int, **sampling) -> Iterator[Tensor]:
-        """Answer B prompts at once, yielding the next token of each, (B,) ids, as soon as it is
-        known.
+        """Answer B prompts at once, yielding the next token of each, (B,) ids, when it is known.
 
         prompts: B tensors of ids, of any lengths; images (N, 3, height, width) for all of them, or
         None. A row that has yielded stop_id goes on with it until all have. sampling: see
-        `pick_token`. Call it in eval mode. Raises ValueError when prompt and answer would not fit
-        in max_len.
+        `pick_token`. Call it in eval mode. Raises ValueError when max_len is too short.
         """
         c, device = self.config, self.decoder.norm.weight.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -560,8 +535,7 @@ class MLLM(nn.Module):
         x, is_adapted = self.embed(input_ids.to(device), images)
         cache = self.decoder.new_cache(len(prompts), T + max_new_tokens)
         last = torch.arange(len(prompts), device=device), lengths - 1
-        used = [slots[:, :, :T] for slots in cache]
-        logits = self.decoder(x, is_adapted, None, used, at=last)  # (B, V)
+        logits = self.decoder(x, is_adapted, None, cache, at=last)  # (B, V)
         is_stopped = torch.zeros_like(lengths, dtype=torch.bool)
         for step in range(max_new_tokens):
             tokens = torch.where(is_stopped, stop_id, pick_token(logits, **sampling))  # (B,)
@@ -573,8 +547,7 @@ class MLLM(nn.Module):
             # overwrites the slot of its own position before anything attends to it.
             x = self.decoder.token_embedding(tokens)[:, None]  # (B, 1, D)
             is_adapted = self.adapted(tokens[:, None] == c.image_id, has_images=False)
-            used = [slots[:, :, :T + step + 1] for slots in cache]
-            logits = self.decoder(x, is_adapted, (lengths + step)[:, None], used)[:, -1]
+            logits = self.decoder(x, is_adapted, (lengths + step)[:, None], cache)[:, -1]
 
     def save(self, path: str | Path, **extra) -> None:
         """Write config and weights, and what `extra` names, to one file."""
@@ -582,13 +555,10 @@ class MLLM(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "MLLM":
-        """The model that `save` wrote. Raises FileNotFoundError, or ValueError for another file."""
+        """The model that `save` wrote. Raises as `load_file` does."""
         state = load_file(path, ["config", "model"], device)
-        try:
-            model = cls(ModelConfig(**state["config"])).to(device)
-            model.load_state_dict(state["model"])
-        except (TypeError, RuntimeError) as error:
-            raise ValueError(f"{path}: not a checkpoint of this program ({error})") from error
+        model = cls(ModelConfig(**state["config"])).to(device)
+        model.load_state_dict(state["model"])
         return model
 
 
@@ -599,8 +569,8 @@ def save_file(content: dict, path: str | Path) -> None:
 
 
 def load_file(path: str | Path, needed: Collection[str] = (), device: str = "cpu") -> dict:
-    """What `save_file` wrote, with the keys needed. Runs no code from the file. Raises
-    FileNotFoundError, or ValueError for another file."""
+    """What `save_file` wrote. Runs no code from the file. Raises FileNotFoundError, or ValueError
+    for another file, or one without the keys needed."""
     try:
         content = torch.load(path, map_location=device, weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:

@@ -30,8 +30,8 @@ class PLoRALinear(nn.Linear):
     starts at zero.
 
     The delta is computed for every row and set to zero on text rows between A and B, where a row
-    is only r wide. All shapes stay static: no boolean indexing, so no device sync and nothing that
-    breaks graph capture. Text rows are exactly those of the plain linear for any finite lora_B.
+    is only r wide. All shapes stay static: boolean indexing would make the CPU wait for the device
+    and break graph capture. Text rows are exactly those of the plain linear for any finite lora_B.
     And a batch without an image keeps the adapter in the autograd graph with a gradient of exactly
     zero, which data-parallel training needs.
 
@@ -50,8 +50,7 @@ class PLoRALinear(nn.Linear):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A random, B zero: the delta starts at zero, yet B gets a gradient from the first step
-        on."""
+        """A random, B zero: the delta starts at zero, yet B has a gradient from the first step."""
         super().reset_parameters()
         if hasattr(self, "lora_A"):  # nn.Linear calls this before they exist
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))

@@ -36,11 +36,8 @@ from torch.nn import functional as F
 
 
 def attention_mask(kind: str, n_queries: int, n_text: int) -> Tensor:
-    """The (S, S) bool matrix of the picture above: True where the row's token attends to the
-    column's.
-
-    kind: "separate", "joint" or "causal". Source: arXiv 2301.12597, figure 2.
-    """
+    """The (S, S) bool matrix of the picture above, True where a row attends to a column. kind:
+    "separate", "joint" or "causal". Source: arXiv 2301.12597, figure 2."""
     mask = torch.zeros(n_queries + n_text, n_queries + n_text, dtype=torch.bool)
     mask[:n_queries, :n_queries] = True  # queries attend to queries
     if kind == "separate":
@@ -60,16 +57,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **option
     Dh), mask (B or 1, 1, S, K) True where a row attends to a column -> (B, H, S, Dh)."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, mask, **options)
-    # On a CPU in float32 even under autocast: torch's bfloat16 backward is 3 to 20 times slower
-    # there.
+    # On a CPU in float32 even under autocast: torch's bfloat16 backward is 3 to 20 times slower.
     with torch.autocast("cpu", enabled=False):
         y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, **options)
     return y.to(q.dtype)
 
 
 def init_linears(module: nn.Module, zero: str = "-") -> None:
-    """Matrices N(0, 1 / fan-in), biases 0; matrices of linears whose name ends in `zero` are 0,
-    too."""
+    """Matrices N(0, 1 / fan-in), but 0 where the name of a linear ends in `zero`; biases 0."""
     for name, linear in module.named_modules():
         if isinstance(linear, nn.Linear):
             std = 0.0 if name.endswith(zero) else linear.in_features ** -0.5
@@ -100,11 +95,8 @@ class Attention(nn.Module):
         return self.out_proj(y.transpose(1, 2).reshape(B, S, D))
 
 
-class FeedForward(nn.Sequential):
-    """Dq -> ffn_dim -> GELU -> Dq, for each token alone."""
-
-    def __init__(self, dim: int, ffn_dim: int):
-        super().__init__(nn.Linear(dim, ffn_dim), nn.GELU(), nn.Linear(ffn_dim, dim))
+def feed_forward(dim: int, ffn_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(), nn.Linear(ffn_dim, dim))
 
 
 class QFormerBlock(nn.Module):
@@ -122,10 +114,10 @@ class QFormerBlock(nn.Module):
         if encoder_width is not None:
             self.cross_attention = Attention(dim, n_heads, encoder_width, dropout)
             self.cross_attention_norm = nn.LayerNorm(dim, norm_eps)
-        self.query_ffn = FeedForward(dim, ffn_dim)
+        self.query_ffn = feed_forward(dim, ffn_dim)
         self.query_ffn_norm = nn.LayerNorm(dim, norm_eps)
         if has_text:
-            self.text_ffn = FeedForward(dim, ffn_dim)
+            self.text_ffn = feed_forward(dim, ffn_dim)
             self.text_ffn_norm = nn.LayerNorm(dim, norm_eps)
 
     def forward(self, x: Tensor, n_queries: int, image_features: Tensor | None,
@@ -146,10 +138,9 @@ class QFormerBlock(nn.Module):
 class QFormer(nn.Module):
     """Learned queries that turn (B, P, Dv) image features into (B, Q, Dq), whatever P is.
 
-    dim Dq, n_queries Q, encoder_width Dv. vocab_size 0 leaves out the text half, without which
-    there are no losses. The published size is dim 768, 12 layers, 12 heads, 32 queries, dropout
-    0.1. Raises ValueError when dim does not divide into heads, or text is used without a text
-    half. Source: arXiv 2301.12597, section 3.1.
+    dim Dq, n_queries Q, encoder_width Dv. vocab_size 0 leaves out the text half, and with it the
+    losses. Published: dim 768, 12 layers, 12 heads, 32 queries, dropout 0.1. Raises ValueError when
+    dim does not divide into heads. Source: arXiv 2301.12597, section 3.1.
     """
 
     def __init__(self, dim: int, n_layers: int, n_heads: int, n_queries: int, encoder_width: int,
@@ -192,15 +183,13 @@ class QFormer(nn.Module):
                 nn.init.normal_(embedding.weight, std=0.02)
             nn.init.constant_(self.temperature, 0.07)
 
-    def forward(self, image_features: Tensor) -> Tensor:
-        """image_features (B, P, Dv) -> (B, Q, Dq)."""
-        return self.encode(image_features)
+    def forward(self, image_features: Tensor | None = None, text: Tensor | None = None,
+                kind: str = "joint") -> Tensor:
+        """image_features (B, P, Dv) -> (B, Q, Dq), the queries after they have read the image.
 
-    def encode(self, image_features: Tensor | None = None, text: Tensor | None = None,
-               kind: str = "joint") -> Tensor:
-        """Run queries (image_features not None), text (ids (B, T) not None), or both under the
-        mask `kind` -> (B, S, Dq): the query rows, then the text rows. No row attends to
-        padding."""
+        With text, ids (B, T), -> (B, S, Dq), the query rows and then the text rows, under the mask
+        `kind`; without image_features the text rows alone. No row attends to padding.
+        """
         rows, n_queries = [], 0
         if image_features is not None:
             n_queries = self.n_queries
@@ -217,10 +206,8 @@ class QFormer(nn.Module):
         return x
 
     def embed_text(self, text: Tensor) -> Tensor:
-        """Words plus positions: (B, T) ids -> (B, T, Dq).
-
-        Positions count from 0 at the first text token, whether or not queries stand before it.
-        """
+        """(B, T) ids -> (B, T, Dq): words plus positions, from 0 at the first text token, whether
+        or not queries stand before it. Raises ValueError without a text half."""
         if not self.has_text:
             raise ValueError("this Q-Former has no text half: build it with vocab_size > 0")
         T, longest = text.shape[1], self.position_embedding.num_embeddings
@@ -229,14 +216,11 @@ class QFormer(nn.Module):
         return self.word_embedding(text) + self.position_embedding.weight[:T]
 
     def similarity(self, query_rows: Tensor, text: Tensor) -> Tensor:
-        """How well each image fits each text: (B_images, B_texts), cosines divided by the
-        temperature.
-
-        query_rows (B_images, Q, Dq) from `forward`; text (B_texts, T) ids, whose first row sums it
-        up. Of an image's queries, the one that fits best counts.
-        """
+        """How well each image fits each text: (B, B) cosines divided by the temperature, a row for
+        each image. query_rows (B, Q, Dq) from `forward`; text (B, T) ids, whose first row sums it
+        up. Of an image's queries, the one that fits best counts."""
         image = F.normalize(self.itc_image(query_rows), dim=-1)  # (B, Q, itc_dim)
-        summary = self.encode(text=text)[:, 0]  # (B, Dq)
+        summary = self(text=text)[:, 0]  # (B, Dq)
         words = F.normalize(self.itc_text(summary), dim=-1)  # (B, itc_dim)
         cosine = torch.einsum("iqd,td->itq", image, words).amax(dim=-1)  # (B, B)
         # In float32, also under autocast: softmax will take differences of large numbers.
@@ -244,10 +228,7 @@ class QFormer(nn.Module):
 
     def itc_loss(self, similarity: Tensor) -> Tensor:
         """Image-text contrastive loss in nats: pick the text of each image and the image of each
-        text.
-
-        similarity (B, B) with the true pairs on the diagonal. Differs: no label smoothing.
-        """
+        text. similarity (B, B), true pairs on the diagonal. Differs: no label smoothing."""
         target = torch.arange(similarity.shape[0], device=similarity.device)
         return (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
 
@@ -256,34 +237,30 @@ class QFormer(nn.Module):
 
         image_features (B, P, Dv), text (B, T), similarity (B, B). Each text also gets a wrong
         image, and each image a wrong text, drawn more often the more similar they are. A 2-way
-        head looks at every query; its logits are averaged. Raises ValueError for fewer than two
-        samples.
+        head looks at every query; its logits are averaged. Raises ValueError if B < 2.
         """
         B = text.shape[0]
         if B < 2:
             raise ValueError(f"image-text matching needs wrong pairs: at least 2 samples, got {B}")
         itself = torch.eye(B, dtype=torch.bool, device=text.device)
-        # multinomial raises at NaN; here the loss becomes NaN, and the training loop skips the
-        # step.
+        # multinomial would raise at NaN; this way the loss is NaN, and the loop skips the step.
         odds = similarity.detach().float().nan_to_num().masked_fill(itself, float("-inf"))  # (B, B)
         wrong_text = torch.multinomial(odds.softmax(dim=1), 1)[:, 0]  # (B,)
         wrong_image = torch.multinomial(odds.T.softmax(dim=1), 1)[:, 0]  # (B,)
         images = torch.cat([image_features, image_features[wrong_image], image_features])
         texts = torch.cat([text, text, text[wrong_text]])  # (3B, T)
-        queries = self.encode(images, texts, "joint")[:, :self.n_queries]  # (3B, Q, Dq)
+        queries = self(images, texts, "joint")[:, :self.n_queries]  # (3B, Q, Dq)
         logits = self.itm_head(queries).mean(dim=1)  # (3B, 2)
         is_pair = torch.arange(3 * B, device=text.device) < B
         return F.cross_entropy(logits.float(), is_pair.long())
 
     def itg_loss(self, image_features: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Image-grounded generation: predict each text token from the queries and the tokens
-        before it.
+        """Image-grounded generation: predict each text token from queries and the tokens before.
 
         image_features (B, P, Dv); text (B, T), its first token the start of decoding. Returns the
-        loss in nats per token and the query rows (B, Q, Dq), which equal
-        `forward(image_features)`: text never moves them.
+        loss in nats per token and the query rows (B, Q, Dq), which text never moves.
         """
-        x = self.encode(image_features, text, "causal")  # (B, S, Dq)
+        x = self(image_features, text, "causal")  # (B, S, Dq)
         logits = self.lm_head(x[:, self.n_queries:-1])  # (B, T - 1, V)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), text[:, 1:].flatten(),
                                ignore_index=self.pad_id)

@@ -1,9 +1,8 @@
 """Ask a trained model about a picture.
 
-    python sample.py                                     draws a fresh scene, saves it, asks about
-    it python sample.py --image FILE --prompt TEXT          asks about your picture, or about
-    several python sample.py --image FILE --chat                 a conversation about it; Ctrl-D
-    ends it
+    python sample.py                                     draws a scene, saves it, asks about it
+    python sample.py --image FILE --prompt TEXT          asks about your picture, or several
+    python sample.py --image FILE --chat                 a conversation about it; Ctrl-D ends it
 
 Reads the weights and the tokenizer that train.py left in `out/`; the checkpoint holds all settings.
 """
@@ -23,15 +22,12 @@ from model import MLLM, load_file
 
 def stream(model: MLLM, tokenizer: Tokenizer, asked: Sample, max_new_tokens: int,
            **sampling) -> Iterator[str]:
-    """The answer to the last turn of what is asked, piece by piece as text.
-
-    Raises ValueError when the conversation and its answer would not fit in the model.
-    """
+    """The answer to the last turn of what is asked, piece by piece as text. Raises ValueError when
+    the conversation and its answer would not fit in the model."""
     c, device = model.config, model.decoder.norm.weight.device
-    size = c.vit["image_size"]
+    size, answer, shown = c.vit["image_size"], [], ""
     ids, _ = encode_turns(tokenizer, asked.turns, c.n_rows(size), max_len=10**9)
     pixels = [to_pixels(image, size, c.pixel_mean, c.pixel_std) for image in asked.images]
-    answer, shown = [], ""
     for token in model.generate([torch.tensor(ids)], torch.stack(pixels).to(device), max_new_tokens,
                                 tokenizer.end, **sampling):
         if token.item() == tokenizer.end:
@@ -44,11 +40,11 @@ def stream(model: MLLM, tokenizer: Tokenizer, asked: Sample, max_new_tokens: int
 
 
 def fresh_scene(run: dict, seed: int | None, path: Path) -> Image.Image:
-    """Draw a scene of the kind that the run was trained on, and save it enlarged for a person to
-    see."""
+    """Draw a scene of the kind that the run was trained on, and save it enlarged."""
     rng, size = random.Random(seed), run["vit"]["image_size"][0]
     image = draw(random_things(SceneSpec(size, **run["scenes"]), rng), size, rng)
     image.resize((384, 384), Image.Resampling.NEAREST).save(path)
+    print(f"drew {path}")
     return image
 
 
@@ -77,23 +73,19 @@ def main() -> None:
     if not asked.images:
         run = load_file(args.out / "instruct.pt")["run"]
         asked.images.append(fresh_scene(run, args.seed, args.out / "scene.png"))
-        print(f"drew {args.out / 'scene.png'}")
     generator = torch.Generator(args.device)
     generator.manual_seed(random.randrange(2**32) if args.seed is None else args.seed)
-    questions = iter(lambda: input("you: "), None) if args.chat else [args.prompt]
-    for question in questions:
-        if not args.chat:
-            print(f"you: {question}")
+    for question in iter(lambda: input("you: "), None) if args.chat else [args.prompt]:
         pictures = "" if asked.turns else "<image> " * len(asked.images)
         asked.turns.append((pictures + question.replace("<image>", " "), None))
-        print("model: ", end="", flush=True)
-        answer = ""
+        print("model: " if args.chat else f"you: {question}\nmodel: ", end="")
+        pieces = []
         for piece in stream(model, tokenizer, asked, args.max_new_tokens, generator=generator,
                             temperature=args.temperature, top_k=args.top_k):
             print(piece, end="", flush=True)
-            answer += piece
+            pieces.append(piece)
         print()
-        asked.turns[-1] = asked.turns[-1][0], answer
+        asked.turns[-1] = asked.turns[-1][0], "".join(pieces)
 
 
 if __name__ == "__main__":

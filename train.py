@@ -11,12 +11,11 @@ those that are not given (`--vit`, `--qformer`, `--llm`). Each stage starts from
 one before and writes its own, `out/<stage>.pt`. In the end the model is questioned about held-out
 pictures.
 
-    python train.py                           everything, with the preset of your device
     python train.py --recipe minigpt4         another published choice of what is trainable when
     python train.py --stage instruct          one stage, from out/align.pt
     python train.py --resume                  go on where an interrupted run stopped
     python train.py --data my.json            your own pictures and conversations
-    torchrun --nproc_per_node=4 train.py      in four processes: each takes its part of a batch
+    torchrun --nproc_per_node=4 train.py      four processes share each batch
 """
 import argparse
 import ast
@@ -104,7 +103,6 @@ class Config:
     instruct_samples: int = 34_000
     eval_samples: int = 1000
     batch_size: int = 64                 # samples for each step of the optimizer
-    accumulate: int = 1                  # micro-batches that make up a batch
     language_lr: float = 3.5e-3          # peak learning rates of the stages
     vision_lr: float = 6e-3
     align_lr: float = 6e-3
@@ -159,7 +157,7 @@ def shares_of(config: Config, stage: str) -> dict[str, float]:
     """The trainable parts of a stage, each with its share of the learning rate."""
     if stage == "vision" and config.vit_folder:  # a published ViT stays as it is
         return {"qformer": 1.0}
-    return STAGE_0[stage] if stage in STAGE_0 else RECIPES[config.recipe][stage]
+    return STAGE_0.get(stage) or RECIPES[config.recipe][stage]
 
 
 def steps_of(config: Config, stage: str) -> int:
@@ -175,22 +173,20 @@ def model_config(config: Config, stage: str, tokenizer: Tokenizer) -> ModelConfi
     attends to the queries on their way *into* each block, so nothing but ITC and ITM, which can do
     without details, shapes what leaves the last one.
     """
-    connector = "qformer" if stage in STAGE_0 else connector_of(config)
-    qformer = config.qformer | {"encoder_width": config.vit["dim"]}
-    if stage in STAGE_0 and not config.qformer_folder:
+    c, connector = config, "qformer" if stage in STAGE_0 else connector_of(config)
+    qformer = c.qformer | {"encoder_width": c.vit["dim"]}
+    if stage in STAGE_0 and not c.qformer_folder:
         qformer |= {"vocab_size": tokenizer.vocab_size, "pad_id": tokenizer.pad,
-                    "max_text_len": config.max_len}
-    elif not config.qformer_folder:
-        qformer["n_layers"] -= config.qformer_drop_last
-    row_dim = qformer["dim"] if connector == "qformer" else MERGED[connector] * config.vit["dim"]
-    pixels = {}
-    if config.vit_folder:
-        pixels["pixel_mean"], pixels["pixel_std"] = published_pixels(config.vit_folder)
+                    "max_text_len": c.max_len}
+    elif not c.qformer_folder:
+        qformer["n_layers"] -= c.qformer_drop_last
+    row_dim = qformer["dim"] if connector == "qformer" else MERGED[connector] * c.vit["dim"]
+    pixels = published_pixels(c.vit_folder) if c.vit_folder else {}
     return ModelConfig(
-        vit=config.vit, qformer=qformer, connector=connector, max_len=config.max_len,
-        projector=config.projector | {"in_dim": row_dim, "out_dim": config.decoder["dim"]},
-        decoder={"vocab_size": tokenizer.vocab_size} | config.decoder, pad_id=tokenizer.pad,
-        lora_on=RECIPES[config.recipe]["lora_on"], image_id=tokenizer.image, **pixels)
+        vit=c.vit, qformer=qformer, connector=connector, max_len=c.max_len,
+        projector=c.projector | {"in_dim": row_dim, "out_dim": c.decoder["dim"]},
+        decoder={"vocab_size": tokenizer.vocab_size} | c.decoder, pad_id=tokenizer.pad,
+        lora_on=RECIPES[c.recipe]["lora_on"], image_id=tokenizer.image, **pixels)
 
 
 def published_parts(config: Config) -> dict[str, tuple[dict, dict[str, Tensor]]]:
@@ -205,18 +201,9 @@ def published_parts(config: Config) -> dict[str, tuple[dict, dict[str, Tensor]]]
     return parts
 
 
-def check_settings(config: Config, before: Config, trained: list[str], path: Path) -> None:
-    """Raises ValueError when weights were trained with other settings than those asked for."""
-    free = {"image_size", "drop_path_rate", "use_grad_checkpoint", "dropout", "lora_dropout"}
-    free |= set() if "adapters" in trained else {"r", "alpha"}
-    for part in {"scenes", *trained} - {"adapters"}:  # whose settings are with the decoder's
-        old, new = getattr(before, part), getattr(config, part)
-        if part == "projector":
-            old = old | {"connector": connector_of(before)}
-            new = new | {"connector": connector_of(config)}
-        for name in old.keys() - free:
-            check(old[name] == new[name], f"{path} was trained with {part}.{name} {old[name]!r}, "
-                  f"not {new[name]!r}: run an earlier stage with that first")
+# Settings of a part that may change after it was trained.
+FREE = {"image_size", "drop_path_rate", "use_grad_checkpoint", "dropout", "lora_dropout", "r",
+        "alpha"}
 
 
 def start_of(config: Config, stage: str, tokenizer: Tokenizer, out: Path) -> tuple[MLLM, list[str]]:
@@ -227,23 +214,27 @@ def start_of(config: Config, stage: str, tokenizer: Tokenizer, out: Path) -> tup
     """
     torch.manual_seed(config.seed)
     model, stages = MLLM(model_config(config, stage, tokenizer)), stages_of(config)
-    state, weights, vit = model.state_dict(), {}, config.vit
+    names, weights, image_size = model.state_dict().keys(), {}, config.vit["image_size"]
     if stage == stages[0]:
-        published = published_parts(config)
-        trained, vit = list(published), published.get("vit", [vit])[0]
-        for part, (_, tensors) in published.items():
+        trained = []
+        for part, (arguments, tensors) in published_parts(config).items():
+            trained.append(part)
             weights |= {f"{part}.{name}": tensor for name, tensor in tensors.items()}
+            image_size = arguments.get("image_size", image_size)
     else:
         path = out / f"{stages[stages.index(stage) - 1]}.pt"
         checkpoint = load_file(path, ["run", "trained"])
-        trained, vit = checkpoint["trained"], checkpoint["config"]["vit"]
-        check_settings(config, Config(**checkpoint["run"]), trained, path)
+        trained, image_size = checkpoint["trained"], checkpoint["config"]["vit"]["image_size"]
+        for part in {"scenes", *trained} - {"adapters"}:
+            old, new = checkpoint["run"][part], getattr(config, part)
+            changed = [name for name in old if old[name] != new[name] and name not in FREE]
+            check(not changed, f"{path} was trained with other {part} settings: {changed}")
         # The Q-Former's text half and last block, or all of it, have no place any more.
         weights = {name: tensor for name, tensor in checkpoint["model"].items()
-                   if name in state and part_of(name) in trained}
+                   if name in names and part_of(name) in trained}
     if "vit.position_embedding" in weights:
-        old, old_grid = weights["vit.position_embedding"], model.vit.grid_of(*vit["image_size"])
-        weights["vit.position_embedding"] = resize_positions(old, old_grid, model.vit.grid)
+        weights["vit.position_embedding"] = resize_positions(
+            weights["vit.position_embedding"], model.vit.grid_of(*image_size), model.vit.grid)
     try:
         missing, unknown = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
@@ -254,7 +245,7 @@ def start_of(config: Config, stage: str, tokenizer: Tokenizer, out: Path) -> tup
           f"weights do not fit: missing {missing[:3]}, left over {unknown[:3]}")
     used = {"language": {"decoder"}, "vision": {"vit", "qformer"}}.get(stage, {*PARTS})
     # Adapters may start anew while they are frozen: their B is zero.
-    fresh = used & {part_of(name) for name in state} - {"adapters", *trained}
+    fresh = used & {part_of(name) for name in names} - {"adapters", *trained}
     check(fresh <= {*shares_of(config, stage)}, f"{fresh} would stay frozen with random numbers in "
           f"{stage!r}: train it in an earlier stage")
     return model, trained
@@ -263,25 +254,23 @@ def start_of(config: Config, stage: str, tokenizer: Tokenizer, out: Path) -> tup
 # ---- What a stage is trained on --------------------------------------------------------------
 
 class Task:
-    """The data of a run: built-in scenes, or your own conversations.
-
-    `train(stage)` is the dataset of a stage, `test` what the model is questioned about in the end.
-    """
+    """The data of a run: built-in scenes, or your own conversations. `train(stage)` is the dataset
+    of a stage, `test` what the model is questioned about in the end."""
 
     def __init__(self, config: Config):
         self.config = c = config
         self.spec, n = SceneSpec(c.vit["image_size"][0], **c.scenes), c.eval_samples
         self.own = Conversations(c.data, c.images, c.skip_bad, c.min_words) if c.data else None
         if self.own:
-            held_out = self.own.split(20) if not c.val else Conversations(
-                c.val, c.images, c.skip_bad, c.min_words)
-            held_out = held_out.for_task("test")
+            other = Conversations(c.val, c.images, c.skip_bad, c.min_words) if c.val else None
+            held_out = (other or self.own.split(20)).for_task("test")
             self.test = {"qa": Subset(held_out, range(min(n, len(held_out))))}
         else:
-            self.test = {"qa": Scenes(self.spec, "question", n, "test", c.seed),
-                         "qa_unseen": Scenes(self.spec, "question", n, "unseen", c.seed),
-                         "description": Scenes(self.spec, "describe", (n + 1) // 2, "test", c.seed),
-                         "language": Scenes(self.spec, "language", (n + 1) // 2, "test", c.seed, 1)}
+            self.test = {name: Scenes(self.spec, task, size, split, c.seed, n_turns=1)
+                         for name, task, size, split in (
+                             ("qa", "question", n, "test"), ("qa_unseen", "question", n, "unseen"),
+                             ("description", "describe", (n + 1) // 2, "test"),
+                             ("language", "language", (n + 1) // 2, "test"))}
 
     def train(self, stage: str) -> Dataset:
         if self.own:
@@ -297,29 +286,28 @@ class Task:
         if not self.own:  # no scene twice in a run
             first = sum(getattr(c, f"{earlier}_samples") for earlier in STAGES[:index])
             order = list(range(first, first + total))
+            return by_length(dataset, order, c) if stage == "language" else order
         while len(order) < total:
             generator = torch.Generator().manual_seed(hash((c.seed, index, len(order))))
             order += torch.randperm(len(dataset), generator=generator).tolist()
-        return by_length(dataset, order[:total], c) if stage == "language" else order[:total]
+        return order[:total]
 
     def batches(self, stage: str, collate: Collate, first_step: int = 0) -> DataLoader:
-        """The micro-batches of this process from a step on."""
+        """The batches from a step on; of each, the part of this process."""
         c, dataset, (rank, world) = self.config, self.train(stage), rank_and_world()
-        size = c.batch_size // c.accumulate // world
-        order = self.order(stage, dataset)[first_step * c.batch_size:]
+        size, order = c.batch_size // world, self.order(stage, dataset)
         own = [index for i, index in enumerate(order) if i // size % world == rank]
         collate_fn = collate.pairs if stage == "vision" else collate.conversations
-        return DataLoader(dataset, size, sampler=own, num_workers=c.workers, collate_fn=collate_fn)
+        return DataLoader(dataset, size, sampler=own[first_step * size:], num_workers=c.workers,
+                          collate_fn=collate_fn)
 
 
 def by_length(dataset: Dataset, order: list[int], config: Config) -> list[int]:
-    """The order with texts of like length in a batch, among 16 batches at a time, so that less of a
-    batch is padding. In the other stages lengths differ less, and mixed batches teach more."""
+    """The order with texts of like length in a batch, among 16 batches at a time: few long texts
+    then do not outweigh many short answers."""
     rng, size, batches = random.Random(config.seed), config.batch_size, []
-    # A window is no longer than a few records are, or one of them would fill a batch.
-    width = size * min(16, max(1, len(dataset) // size))
-    for start in range(0, len(order), width):
-        window = sorted(order[start:start + width], key=lambda i: len(str(dataset[i].turns)))
+    for start in range(0, len(order), 16 * size):
+        window = sorted(order[start:start + 16 * size], key=lambda i: len(str(dataset[i].turns)))
         window = [window[i:i + size] for i in range(0, len(window), size)]
         batches += rng.sample(window, len(window))
     return sum(batches, [])
@@ -346,24 +334,18 @@ def rank_and_world() -> tuple[int, int]:
 def join_processes(device: torch.device) -> torch.device:
     """Meet the other processes of `torchrun`, of which only the first one prints and writes.
     Returns the device of this process."""
-    if "RANK" not in os.environ:
-        return device
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if rank_and_world()[0]:
-        sys.stdout = open(os.devnull, "w")
-    if device.type == "cuda":
+    rank, world = rank_and_world()
+    if world > 1:
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")
+    if world > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     return device
 
 
-def wait_for_all() -> None:
-    if distributed.is_initialized():
-        distributed.barrier()
-
-
 def sum_of_all(value: Tensor) -> Tensor:
-    """The sum over all processes."""
+    """The sum over all processes, which wait here for each other."""
     if distributed.is_initialized():
         distributed.all_reduce(value)
     return value
@@ -405,11 +387,12 @@ class StageLoss(nn.Module):
         return loss
 
 
-def n_trained(batch: dict[str, Tensor], pad_id: int) -> Tensor:
-    """How many tokens of a batch count in its loss."""
-    if "labels" in batch:
-        return (batch["labels"][:, 1:] != IGNORED).sum()
-    return (batch["text"][:, 1:] != pad_id).sum()
+def token_share(batch: dict[str, Tensor], pad_id: int) -> Tensor:
+    """The trained tokens of this process over their mean in all processes: DistributedDataParallel
+    takes the mean of gradients over processes, where the mean over tokens is wanted."""
+    targets, ignored = (batch["text"], pad_id) if "text" in batch else (batch["labels"], IGNORED)
+    n = (targets[:, 1:] != ignored).sum()
+    return n * rank_and_world()[1] / sum_of_all(n.clone())
 
 
 def make_optimizers(model: MLLM, config: Config, stage: str) -> list[torch.optim.Optimizer]:
@@ -419,27 +402,25 @@ def make_optimizers(model: MLLM, config: Config, stage: str) -> list[torch.optim
     pass what AdamW does not in many; `match_rms_adamw` scales it so that one learning rate fits
     all shapes.
     """
-    groups = {True: defaultdict(list), False: defaultdict(list)}
+    hidden, others = defaultdict(list), defaultdict(list)  # by rate and weight decay
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         part = part_of(name)
         rate = getattr(config, f"{stage}_lr") * shares_of(config, stage)[part]
+        decay = config.weight_decay if parameter.ndim > 1 else 0.0
         if part == "decoder" and name.split(".")[-2] in ("w1", "w2", "w3"):
             rate *= config.ffn_lr
-        is_hidden = parameter.ndim == 2 and "embedding" not in name and "head" not in name
-        if not is_hidden and part in ("vit", "qformer"):
-            rate *= config.vision_adamw_lr
-        decay = config.weight_decay if parameter.ndim > 1 else 0.0
-        groups[is_hidden][rate, decay].append(parameter)
-    optimizers = []
-    for is_hidden, same in groups.items():
-        settings = [dict(params=parameters, lr=rate, peak=rate, weight_decay=decay)
-                    for (rate, decay), parameters in same.items()]
-        if settings and is_hidden:
-            optimizers.append(torch.optim.Muon(settings, adjust_lr_fn="match_rms_adamw"))
-        elif settings:
-            optimizers.append(torch.optim.AdamW(settings, betas=(0.9, 0.95)))
+        if parameter.ndim == 2 and "embedding" not in name and "head" not in name:
+            hidden[rate, decay].append(parameter)
+        else:
+            rate *= config.vision_adamw_lr if part in ("vit", "qformer") else 1.0
+            others[rate, decay].append(parameter)
+    groups = [[dict(params=parameters, lr=rate, peak=rate, weight_decay=decay)
+               for (rate, decay), parameters in kind.items()] for kind in (hidden, others)]
+    optimizers = [torch.optim.Muon(groups[0], adjust_lr_fn="match_rms_adamw")] if hidden else []
+    optimizers += [torch.optim.AdamW(groups[1], betas=(0.9, 0.95))] if others else []
+    check(len(optimizers) > 0, f"nothing is trainable in {stage!r}")
     return optimizers
 
 
@@ -462,15 +443,14 @@ def train_stage(model: MLLM, stage: str, task: Task, collate: Collate, config: C
     """Run one stage, or the rest of it from a saved state. Returns the loss of each step, NaN
     where loss or gradient was not finite and the step changed nothing, and the seconds it took."""
     (rank, world), steps = rank_and_world(), steps_of(config, stage)
-    start, losses = time.time(), []
-    if state:
-        start, losses = start - state["seconds"], state["losses"]
-    loss_of = StageLoss(model, stage, config)
+    state = state or {"seconds": 0.0, "losses": [], "optimizers": []}
+    start, losses = time.time() - state["seconds"], state["losses"]
+    device, loss_of = next(model.parameters()).device, StageLoss(model, stage, config)
     if world > 1:  # not all losses use all heads
         loss_of = DistributedDataParallel(loss_of, find_unused_parameters=True)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizers = make_optimizers(model, config, stage)
-    for optimizer, saved in zip(optimizers, state["optimizers"] if state else []):
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
         optimizer.load_state_dict(saved)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     batches = iter(task.batches(stage, collate, first_step=len(losses)))
@@ -480,9 +460,14 @@ def train_stage(model: MLLM, stage: str, task: Task, collate: Collate, config: C
         torch.manual_seed(hash((config.seed, STAGES.index(stage), step, rank)))
         for group in groups:
             group["lr"] = group["peak"] * schedule(step, steps, config.warmup)
-        parts = [next(batches) for _ in range(config.accumulate)]
-        loss = backward(loss_of, parts, step, collate.tokenizer.pad, config)
+        batch = {name: tensor.to(device, non_blocking=True)
+                 for name, tensor in next(batches).items()}
+        with autocast(device, config):
+            loss = loss_of(batch, step)
+        loss = loss * token_share(batch, collate.tokenizer.pad)
+        loss.backward()
         norm = nn.utils.clip_grad_norm_(trainable, config.clip)
+        loss = sum_of_all(loss.detach()) / world
         losses.append(loss.item() if (loss + norm).isfinite() else math.nan)
         for optimizer in optimizers:
             if not math.isnan(losses[-1]):
@@ -500,26 +485,6 @@ def train_stage(model: MLLM, stage: str, task: Task, collate: Collate, config: C
     return losses, time.time() - start
 
 
-def backward(loss_of: nn.Module, parts: list[dict[str, Tensor]], step: int, pad_id: int,
-             config: Config) -> Tensor:
-    """The gradients of a batch that is computed in parts, here and in other processes; returns its
-    loss. A part weighs as much as it has trained tokens, so the loss is that of the batch at
-    once."""
-    device = next(loss_of.parameters()).device
-    for part in parts:
-        for name, tensor in part.items():
-            part[name] = tensor.to(device, non_blocking=True)
-    counts = [n_trained(part, pad_id) for part in parts]
-    total, loss = sum_of_all(sum(counts).clone()), torch.zeros((), device=device)
-    for part, n in zip(parts, counts):
-        with autocast(device, config):
-            part_loss = loss_of(part, step) * (n / total)
-        # DistributedDataParallel takes the mean over processes, where the sum is wanted.
-        (part_loss * rank_and_world()[1]).backward()
-        loss += part_loss.detach()
-    return sum_of_all(loss)
-
-
 # ---- The examination -------------------------------------------------------------------------
 
 ANSWER_TOKENS = 64  # the longest answer
@@ -528,8 +493,7 @@ SHORT = 4  # words, up to which an answer must be right to the letter
 
 def single_questions(samples: Dataset) -> list[Sample]:
     """Each turn as a question, with the true turns before it and its right answers as
-    `references`. The kind "answer", that of your own records, becomes "text" if the answer is
-    long."""
+    `references`. Long answers to your own questions are of the kind "text"."""
     questions = []
     for sample in (samples[i] for i in range(len(samples))):
         for i, (question, truth) in enumerate(sample.turns):
@@ -591,18 +555,15 @@ def score(questions: list[Sample], answers: list[str]) -> dict[str, float]:
         if question.kind == "text":
             texts.append((given, question.references))
         else:
-            right[question.kind].append(given in question.references)
-            right["all"].append(given in question.references)
+            for kind in (question.kind, "all"):
+                right[kind].append(given in question.references)
     scores = {kind: sum(right[kind]) / len(right[kind]) for kind in sorted(right)}
-    if texts:
-        scores["bleu4"] = bleu4(*zip(*texts))
-    return scores
+    return scores | ({"bleu4": bleu4(*zip(*texts))} if texts else {})
 
 
 def examine(model: MLLM, samples: Dataset, collate: Collate, config: Config):
     """The questions, and {"right", "blind", "floor": answers}: the model's, those that it gives
-    when shown somebody else's picture, and the most frequent answer to each kind of question, for
-    comparison."""
+    when shown somebody else's picture, and the most frequent answer to each kind of question."""
     questions, counts = single_questions(samples), defaultdict(Counter)
     for question in questions:
         counts[question.kind].update(question.references)
@@ -615,30 +576,33 @@ def examine(model: MLLM, samples: Dataset, collate: Collate, config: Config):
     return questions, given
 
 
+METRICS = {"qa": "qa_accuracy", "qa_unseen": "qa_accuracy_unseen",
+           "description": "description_exact", "language": "reading_accuracy"}
+
+
 def evaluate(model: MLLM, task: Task, collate: Collate, config: Config, out: Path) -> dict:
     """Question the model about held-out pictures: tables, samples.png, and the metrics."""
-    names = {"qa": "qa_accuracy", "qa_unseen": "qa_accuracy_unseen",
-             "description": "description_exact", "language": "reading_accuracy"}
     metrics, pictures, texts = {}, [], []
     for name, samples in task.test.items():
         questions, given = examine(model, samples, collate, config)
         n = Counter(question.kind for question in questions)
         n["bleu4"], n["all"] = n["text"], len(questions) - n["text"]
         scores = {column: score(questions, answers) for column, answers in given.items()}
-        metrics[f"{names[name]}_by_kind"] = scores
+        metrics[f"{METRICS[name]}_by_kind"] = scores
         print(f"\n{name:12} {'questions':>9} {'right':>8} {'blind':>8} {'floor':>8}")
         for kind in scores["right"]:
             right, blind, floor = (scores[column][kind] for column in ("right", "blind", "floor"))
             print(f"{kind:12} {n[kind]:9} {right:8.3f} {blind:8.3f} {floor:8.3f}")
             if kind in ("all", "bleu4"):
-                metric = names[name] if kind == "all" else kind
+                metric = METRICS[name] if kind == "all" else kind
                 metrics |= {metric: right, f"{metric}_blind": blind, f"{metric}_floor": floor}
         for question, mine in list(zip(questions, given["right"]))[:8]:
-            if question.images and name in ("qa", "qa_unseen"):
-                words, truth = question.turns[-1][0].replace("<image>", ""), question.references[0]
-                verdict = "right" if mine in question.references else f'it is "{truth[:60]}"'
+            if question.images and name.startswith("qa"):
+                truth = f'it is "{question.references[0][:60]}"'
+                verdict = "right" if mine in question.references else truth
+                words = question.turns[-1][0].replace("<image>", "").strip()
                 pictures.append(question.images[0])
-                texts.append(f"{words.strip()[:100]}\n{mine[:60]}  ({verdict})")
+                texts.append(f"{words[:100]}\n{mine[:60]}  ({verdict})")
     if pictures:
         contact_sheet(pictures, texts).save(out / "samples.png")
     return metrics
@@ -655,10 +619,10 @@ FLAGS = {  # those that set a field of `Config`; --set changes all others
     "vit": "folder of a published CLIP or BLIP-2 to take the ViT from",
     "qformer": "folder of a published BLIP-2 to take the Q-Former from",
     "llm": "folder of a published language model of the LLaMA family or Qwen2",
-    "batch_size": "samples for each step of the optimizer",
+    "batch-size": "samples for each step of the optimizer",
     "seed": "of weights, data and order",
-    "eval_samples": "how many pictures the examination asks about",
-} | {f"{stage}_samples": f"length of the stage {stage!r}" for stage in STAGES}
+    "eval-samples": "how many pictures the examination asks about",
+} | {f"{stage}-samples": f"length of the stage {stage!r}" for stage in STAGES}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -669,35 +633,35 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--preset", choices=PRESETS, help="all settings at once; default: the device's")
     add("--stage", choices=(*STAGES, "evaluate"), help="run this one alone")
     add("--resume", action="store_true", help="go on where an interrupted run stopped")
-    add("--skip-bad", action="store_true", default=argparse.SUPPRESS,
-        help="leave unusable records out instead of stopping")
-    add("--image-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="in pixels")
     add("--set", action="append", default=[], metavar="NAME=VALUE",
         help="any other field of Config: --set align_lr=1e-3 --set vit.dim=256")
+    add("--skip-bad", action="append_const", dest="set", const="skip_bad=true",
+        help="leave unusable records out instead of stopping")
+    add("--image-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="in pixels")
     for name, text in FLAGS.items():
-        field = f"{name}_folder" if name in ("vit", "qformer", "llm") else name
-        kind = type(getattr(CPU, field))
-        add(f"--{name.replace('_', '-')}", dest=field, type=kind, default=argparse.SUPPRESS,
-            help=text, metavar=kind.__name__.upper())
+        field = name.replace("-", "_") + ("_folder" if name in ("vit", "qformer", "llm") else "")
+        add(f"--{name}", action="append", dest="set", help=text, metavar="VALUE",
+            type=lambda value, field=field: f"{field}={value}")
     return parser.parse_args(arguments)
 
 
 def with_setting(config: Config, assignment: str) -> Config:
     """The config with "name=value" or "part.name=value". Raises ValueError for an unknown name,
     with the nearest known one, or for a value of another type."""
-    name, _, text = assignment.partition("=")
+    name, _, value = assignment.partition("=")
     known = asdict(config)
     for part in ("vit", "qformer", "projector", "decoder", "scenes"):
-        known |= {f"{part}.{key}": value for key, value in known.pop(part).items()}
+        known |= {f"{part}.{key}": old for key, old in known.pop(part).items()}
     nearest = difflib.get_close_matches(name, known, 1, 0)[0]
     check(name in known, f"--set {assignment}: there is no {name!r}; the nearest is {nearest!r}")
-    try:
-        value = ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
-    except (ValueError, SyntaxError):
-        value = text
     kind = type(known[name])
-    value = float(value) if kind is float and type(value) is int else value
-    check(type(value) is kind, f"--set {assignment}: expected {kind.__name__}, as {known[name]!r}")
+    if kind is not str:
+        try:
+            value = ast.literal_eval(value.capitalize() if value in ("true", "false") else value)
+        except (ValueError, SyntaxError):
+            pass
+        value = float(value) if kind is float and type(value) is int else value
+    check(type(value) is kind, f"{assignment}: expected {kind.__name__}, as {known[name]!r}")
     part, _, key = name.rpartition(".")
     return replace(config, **{part: getattr(config, part) | {key: value}} if part else {key: value})
 
@@ -705,57 +669,36 @@ def with_setting(config: Config, assignment: str) -> Config:
 def settings(arguments: argparse.Namespace) -> Config:
     """The preset, or what the stage before was run with, under what the command line says."""
     config = PRESETS[arguments.preset or ("gpu" if "cuda" in arguments.device else "cpu")]
-    is_first = True
-    if arguments.stage and not arguments.preset:
-        every = (*STAGES, "evaluate")
-        for stage in every[:every.index(arguments.stage)]:
-            path = arguments.out / f"{stage}.pt"
-            if path.exists():
-                config, is_first = Config(**load_file(path, ["run"])["run"]), False
-    given = {name: value for name, value in vars(arguments).items() if hasattr(config, name)}
-    config = replace(config, **given)
-    check_config(config)
+    every, is_first = (*STAGES, "evaluate"), True
+    for stage in every[:every.index(arguments.stage)] if arguments.stage else ():
+        path = arguments.out / f"{stage}.pt"
+        if path.exists() and not arguments.preset:
+            config, is_first = Config(**load_file(path, ["run"])["run"]), False
     for assignment in arguments.set:
         config = with_setting(config, assignment)
     for part, (sizes, _) in published_parts(config).items() if is_first else ():
         config = replace(config, **{part: getattr(config, part) | sizes})
     if arguments.image_size:
         config = replace(config, vit=config.vit | {"image_size": tuple(arguments.image_size)})
-    for assignment in arguments.set:  # again: they are over what is published
-        config = with_setting(config, assignment)
     check_config(config)
     return config
 
 
 def check_config(config: Config) -> None:
     """Raises ValueError for settings that cannot work."""
-    counts = ["batch_size", "accumulate", "contrast_every", "save_every", "eval_samples"]
+    counts = ["batch_size", "contrast_every", "save_every", "eval_samples"]
     for name in counts + [f"{stage}_samples" for stage in STAGES]:
         check(getattr(config, name) > 0, f"{name} must be at least 1, got {getattr(config, name)}")
-    for name, known in (("recipe", RECIPES), ("connector", ("", *CONNECTORS))):
-        value, names = getattr(config, name), ", ".join(filter(None, known))
-        check(value in known, f"unknown {name} {value!r}: use one of {names}")
+    for name, value, known in (("recipe", config.recipe, RECIPES),
+                               ("connector", config.connector or "qformer", CONNECTORS)):
+        check(value in known, f"unknown {name} {value!r}: use one of {', '.join(known)}")
     check(0 <= config.qformer_drop_last < config.qformer["n_layers"],
           f"qformer_drop_last {config.qformer_drop_last} must leave a block of the Q-Former")
     check(not config.qformer_folder or bool(config.vit_folder),
           "BLIP-2's Q-Former needs the features of its own ViT: give --vit, too")
     check(config.bf16 or not config.half_frozen, "half_frozen needs bf16: types would not match")
-    parts = config.accumulate * rank_and_world()[1]
-    check(config.batch_size % parts == 0, f"batch_size must divide into {parts} parts")
-    check(config.batch_size > parts or not config.itm_weight,
-          "itm_weight needs at least two samples in each part of a batch")
-
-
-def report(model: MLLM, config: Config, stage: str, trained: list[str]) -> None:
-    """Print what is trainable in this stage, and at which peak rate."""
-    samples, rate = getattr(config, f"{stage}_samples"), getattr(config, f"{stage}_lr")
-    print(f"\n{stage}: {samples} samples, recipe {config.recipe}, connector "
-          f"{model.config.connector}, adapters on {model.config.lora_on} rows")
-    for part in PARTS:
-        n = sum(p.numel() for name, p in model.named_parameters() if part_of(name) == part)
-        share, origin = shares_of(config, stage).get(part), "" if part in trained else ", fresh"
-        word = f"trainable, rate {share * rate:.1e}" if share else "frozen"
-        print(f"  {part:10} {n:>12,} parameters  {word}{origin}")
+    world = rank_and_world()[1]
+    check(config.batch_size % world == 0, f"batch_size must divide into {world} parts")
 
 
 def run_stage(stage: str, task: Task, tokenizer: Tokenizer, config: Config, out: Path,
@@ -767,14 +710,19 @@ def run_stage(stage: str, task: Task, tokenizer: Tokenizer, config: Config, out:
         model.cast_frozen(torch.bfloat16)
     if state:
         model.load_state_dict(state["model"])
-    report(model, config, stage, trained)
+    print(f"\n{stage}: {getattr(config, f'{stage}_samples')} samples, recipe {config.recipe}, "
+          f"connector {model.config.connector}, adapters on {model.config.lora_on} rows")
+    for part in PARTS:
+        n = sum(p.numel() for name, p in model.named_parameters() if part_of(name) == part)
+        rate = shares.get(part, 0) * getattr(config, f"{stage}_lr")
+        print(f"  {part:10} {n:>12,} parameters  {f'rate {rate:.1e}' if rate else 'frozen':12}  "
+              f"{'trained before' if part in trained else 'fresh'}")
     collate = collate_for(model, tokenizer, config)
     losses, seconds = train_stage(model, stage, task, collate, config, out, state)
     if rank_and_world()[0] == 0:
-        trained = [part for part in PARTS if part in trained or part in shares]
-        model.save(out / f"{stage}.pt", run=asdict(config), trained=trained, losses=losses,
-                   seconds=seconds)
-    wait_for_all()
+        model.save(out / f"{stage}.pt", run=asdict(config), trained=sorted({*trained, *shares}),
+                   losses=losses, seconds=seconds)
+    sum_of_all(torch.zeros((), device=device))  # the next stage starts from this file
 
 
 def collate_for(model: MLLM, tokenizer: Tokenizer, config: Config) -> Collate:
@@ -788,11 +736,29 @@ def rehearse(stages: list[str], task: Task, tokenizer: Tokenizer, config: Config
         with torch.device("meta"):
             model = MLLM(model_config(config, stage, tokenizer))
         model.train_only(shares_of(config, stage))
-        check(any(parameter.requires_grad for parameter in model.parameters()),
-              f"nothing is trainable in {stage!r}: what the recipe names has no parameters")
+        make_optimizers(model, config, stage)
         collate = collate_for(model, tokenizer, config)
     for question in single_questions(task.test["qa"]) if task.own and "instruct" in stages else ():
         prompt_ids(question, collate)
+
+
+def finish(stages: list[str], task: Task, tokenizer: Tokenizer, config: Config, out: Path,
+           device: torch.device) -> None:
+    """Examine the model, draw the curves of its stages, write metrics.json."""
+    start, model = time.time(), MLLM.load(out / "instruct.pt", device)
+    metrics = evaluate(model, task, collate_for(model, tokenizer, config), config, out)
+    spent, losses, seconds = time.time() - start, {}, {}
+    for stage in stages:
+        if (out / f"{stage}.pt").exists():
+            checkpoint = load_file(out / f"{stage}.pt")
+            losses[stage], seconds[stage] = checkpoint["losses"], checkpoint["seconds"]
+    draw_curves(losses, out / "curves.png")
+    seconds["evaluate"] = spent
+    metrics |= {"seconds": sum(seconds.values()), "seconds_by_stage": seconds}
+    (out / "metrics.json").write_text(json.dumps(metrics | {"config": asdict(config)}, indent=2))
+    (out / "resume.pt").unlink(missing_ok=True)  # there is nothing left to resume
+    print(f"\n{sum(seconds.values()):.0f} s; {out}/ has metrics.json, curves.png and samples.png. "
+          f"Try: python sample.py --out {out}")
 
 
 def main() -> None:
@@ -810,32 +776,16 @@ def main() -> None:
     check({*stages} <= {*needed, "evaluate"}, f"{stages[0]!r} makes a stand-in for what is given")
     if stages[0] == needed[0] and not state and is_first:
         make_tokenizer(config, task).save(out / "tokenizer.json")
-    wait_for_all()
-    tokenizer = Tokenizer.load(out / "tokenizer.json")
-    trained_now = [stage for stage in stages if stage != "evaluate"]
-    rehearse(trained_now, task, tokenizer, config)
-    if trained_now and not state and is_first:
         (out / "resume.pt").unlink(missing_ok=True)  # of an earlier run
-    for stage in trained_now:
+    sum_of_all(torch.zeros((), device=device))
+    tokenizer = Tokenizer.load(out / "tokenizer.json")
+    to_train = [stage for stage in stages if stage != "evaluate"]
+    rehearse(to_train, task, tokenizer, config)
+    for stage in to_train:
         run_stage(stage, task, tokenizer, config, out, device, state)
         state = None
-    if not is_first or stages[-1] not in ("instruct", "evaluate"):
-        return
-    start, model = time.time(), MLLM.load(out / "instruct.pt", device)
-    metrics = evaluate(model, task, collate_for(model, tokenizer, config), config, out)
-    losses, seconds, spent = {}, {}, time.time() - start
-    for path in [out / f"{stage}.pt" for stage in needed]:
-        if path.exists():
-            checkpoint = load_file(path)
-            losses[path.stem], seconds[path.stem] = checkpoint["losses"], checkpoint["seconds"]
-    seconds["evaluate"] = spent
-    draw_curves(losses, out / "curves.png")
-    metrics |= {"seconds": sum(seconds.values()), "seconds_by_stage": seconds}
-    metrics["config"] = asdict(config)
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2))
-    (out / "resume.pt").unlink(missing_ok=True)  # there is nothing left to resume
-    print(f"\n{sum(seconds.values()):.0f} s; {out}/ has metrics.json, curves.png and samples.png. "
-          f"Try: python sample.py --out {out}")
+    if is_first and stages[-1] in ("instruct", "evaluate"):
+        finish(needed, task, tokenizer, config, out, device)
 
 
 if __name__ == "__main__":

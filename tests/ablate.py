@@ -163,7 +163,7 @@ def itm_accuracy(qformer, features: Tensor, text: Tensor, queries: Tensor) -> Te
     same = (text[:, None] == text[None]).all(dim=2)
     similarity = qformer.similarity(queries, text).masked_fill(same, float("-inf"))
     images = torch.cat([features, features[similarity.argmax(dim=0)]])
-    rows = qformer.encode(images, text.repeat(2, 1), "joint")[:, :qformer.n_queries]
+    rows = qformer(images, text.repeat(2, 1), "joint")[:, :qformer.n_queries]
     is_pair = qformer.itm_head(rows).mean(dim=1).argmax(dim=1)
     return (is_pair == (torch.arange(2 * len(text)) < len(text))).float().mean()
 

@@ -219,8 +219,8 @@ def turns_of(dataset):
 GOOD, PLAIN = record("<image> q", "a", image="red.png"), record("no picture", "fine")
 TWO = record("<image> or <image>?", "x", "again", "y", image=["blue.png", "red.png"])
 MISTAKES = [
-    ("q", "object"), ({"image": "red.png"}, "list 'conversations'"), (record(), "pairs"),
-    ({"conversations": [{"from": "robot", "value": "q"}]}, "'robot'"), (record(7), "'value'"),
+    ("q", "LLaVA's form"), ({"image": "red.png"}, "KeyError.'conversations'"), (record(), "pairs"),
+    ({"conversations": [{"from": "robot", "value": "q"}]}, "'robot'"), (record(7), "'int'"),
     ({"conversations": [{"from": "gpt", "value": "q"}]}, "'gpt'"), (record("q"), "pairs"),
     (record("q", " \n"), "answer"), (record("q", "<image>"), "answer"),
     (record("<image> q", "a"), "1 <image> placeholders in the text, but 0"),
@@ -325,10 +325,10 @@ def test_annotations_answer_an_instruction_and_are_cleaned_for_it_alone(tmp_path
         Conversations(tmp_path, min_words=50).for_task("instruct")
 
 
-@pytest.mark.parametrize("name, text", [("captions.tsv", TABBED), ("captions.txt", COMMAS)])
-def test_each_caption_is_a_sample_and_all_of_a_picture_are_right_answers(tmp_path, name, text):
+@pytest.mark.parametrize("text", [TABBED, COMMAS])
+def test_each_caption_is_a_sample_and_all_of_a_picture_are_right_answers(tmp_path, text):
     write(tmp_path).unlink()
-    (tmp_path / name).write_bytes(text.encode())
+    (tmp_path / "captions.txt").write_bytes(text.encode())
     own, first = Conversations(tmp_path), ("A red one.", "Red, all over\u2028.")
     for task in ("vision", "align", "instruct"):  # human captions are not cleaned
         assert [turns[0][1] for turns in turns_of(own.for_task(task))] == [*first, "blue"]

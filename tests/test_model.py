@@ -147,9 +147,7 @@ def test_projector_equals_its_linears_with_activations_between_them_and_a_norm_b
     (lambda: make_vit(n_heads=3), "multiple of n_heads"),
     (lambda: make_vit(image_size=(0, 8)), "patch_size 4, got 0 x 8"),
     (lambda: make_vit()(torch.zeros(1, 3, 8, 10)), "patch_size 4, got 8 x 10"),
-    (lambda: PatchMerge(4)(torch.randn(2, 7, 5)), "4 patches in a row, but there are 6"),
     (lambda: make_model(connector="patch-merge").config.n_rows((8, 12)), "an image has 6"),
-    (lambda: make_model().train_only(("vit", "brain")), "'brain'.*'vit', 'qformer', 'projector'"),
     (lambda: make_projector(6, 10, "mlp0x_gelu"), "'mlp0x_gelu'.*'mlp'.*'mlpNx_gelu'"),
     (lambda: make_projector(6, 10, activation="tanh"), "'tanh'.*gelu.*silu"),
     (lambda: make_projector(6, 10, "identity"), "width 6 to 10"),
@@ -182,7 +180,7 @@ def test_no_token_attends_to_a_later_one():
 
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
 def test_grouped_query_attention_equals_a_slow_reference_with_repeated_heads(n_kv_heads):
-    attention = scramble(GPTAttention(16, 4, n_kv_heads, qkv_bias=True, wo_bias=True, r=2, alpha=4))
+    attention = scramble(GPTAttention(16, 4, n_kv_heads, qkv_bias=True, r=2, alpha=4))
     x, positions = torch.randn(2, 5, 16), torch.arange(5)[None]
     rope = rotation(positions, 4, 10_000.0)
     q, k, v = attention.wqkv(x).split([16, 4 * n_kv_heads, 4 * n_kv_heads], dim=-1)

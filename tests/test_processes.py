@@ -66,7 +66,7 @@ def test_two_processes_train_like_one_even_where_one_has_no_picture(tmp_path, mo
 
 
 def test_a_run_killed_while_it_writes_a_state_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    save, settings = torch.save, ("batch_size=8", "accumulate=2", "vision_samples=24")
+    save, settings = torch.save, ("batch_size=8", "vision_samples=24")
 
     def write_half(content, path):
         if len(content["losses"]) == 2:  # after the second step of `vision`

@@ -69,7 +69,7 @@ def test_attend_keeps_the_type_of_its_input_under_autocast():
 def test_queries_and_text_have_feed_forward_networks_of_their_own():
     for rows, other in ((slice(0, Q), "text_ffn"), (slice(Q, None), "query_ffn")):
         model, (image, text) = make_qformer(n_layers=1), make_batch()
-        model.encode(image, text)[:, rows].sum().backward()
+        model(image, text)[:, rows].sum().backward()
         used = {name.split(".")[2] for name, parameter in model.named_parameters()
                 if "_ffn." in name and parameter.grad is not None and parameter.grad.any()}
         assert used == {"text_ffn", "query_ffn"} - {other}
@@ -109,15 +109,15 @@ def test_mask_equals_the_one_written_by_hand(kind, rows):
 
 def test_neither_side_attends_to_the_other_under_the_separate_mask():
     model, (image, text) = make_qformer(), make_batch()
-    alone = torch.cat([model(image), model.encode(text=text)], dim=1)
-    torch.testing.assert_close(model.encode(image, text, "separate"), alone)
+    alone = torch.cat([model(image), model(text=text)], dim=1)
+    torch.testing.assert_close(model(image, text, "separate"), alone)
 
 
 def test_each_side_attends_to_the_other_under_the_joint_mask():
     model, (image, text) = make_qformer(), make_batch()
-    rows = model.encode(image, text, "joint")
-    assert not torch.allclose(rows[:, :Q], model.encode(image, text.flip(0), "joint")[:, :Q])
-    assert not torch.allclose(rows[:, Q:], model.encode(image.flip(0), text, "joint")[:, Q:])
+    rows = model(image, text, "joint")
+    assert not torch.allclose(rows[:, :Q], model(image, text.flip(0), "joint")[:, :Q])
+    assert not torch.allclose(rows[:, Q:], model(image.flip(0), text, "joint")[:, Q:])
 
 
 @pytest.mark.parametrize("kind", ["separate", "joint", "causal"])
@@ -125,8 +125,8 @@ def test_padding_changes_no_row(kind):
     model, (image, text) = make_qformer(), make_batch()
     padded = F.pad(text, (0, 3))
     for images in (image, None):
-        rows = model.encode(images, text, kind)
-        again = model.encode(images, padded, kind)[:, :rows.shape[1]]
+        rows = model(images, text, kind)
+        again = model(images, padded, kind)[:, :rows.shape[1]]
         torch.testing.assert_close(again, rows)
 
 
@@ -134,16 +134,16 @@ def test_padding_changes_no_row(kind):
 
 def test_queries_have_no_position():
     model, (image, text) = make_qformer(), make_batch()
-    rows, order = model.encode(image, text), [2, 0, 1]
+    rows, order = model(image, text), [2, 0, 1]
     model.query_tokens.data = model.query_tokens.data[:, order]
     expected = torch.cat([rows[:, order], rows[:, Q:]], dim=1)
-    torch.testing.assert_close(model.encode(image, text), expected)
+    torch.testing.assert_close(model(image, text), expected)
 
 
 @pytest.mark.parametrize("with_image", [False, True])
 def test_text_positions_start_at_0_with_or_without_queries(with_image):
     model, (image, text) = make_qformer(), make_batch()
-    model.encode(image if with_image else None, text).square().sum().backward()
+    model(image if with_image else None, text).square().sum().backward()
     used = model.position_embedding.weight.grad.abs().sum(dim=1) > 0
     assert used.tolist() == [True] * 4 + [False] * 4      # the text has 4 tokens: 0, 1, 2, 3
 
@@ -151,9 +151,9 @@ def test_text_positions_start_at_0_with_or_without_queries(with_image):
 @pytest.mark.parametrize("ask, message", [
     (lambda: make_qformer(n_heads=3), "dim 16 must be a multiple of n_heads 3"),
     (lambda: attention_mask("both", 2, 3), "'both'.*separate.*joint.*causal"),
-    (lambda: make_qformer().encode(text=torch.ones(1, 9).long()), "9 tokens.*max_text_len 8"),
+    (lambda: make_qformer()(text=torch.ones(1, 9).long()), "9 tokens.*max_text_len 8"),
     (lambda: make_qformer().itm_loss(*make_batch(B=1), torch.zeros(1, 1)), "at least 2.*got 1"),
-    (lambda: make_qformer(vocab_size=0).encode(*make_batch()), "no text half")])
+    (lambda: make_qformer(vocab_size=0)(*make_batch()), "no text half")])
 def test_what_cannot_work_raises_and_says_why(ask, message):
     with pytest.raises(ValueError, match=message):
         ask()
@@ -167,7 +167,7 @@ def test_similarity_is_the_best_cosine_divided_by_the_temperature(monkeypatch):
     monkeypatch.setattr(model, "itc_text", nn.Identity())
     # The summary token is the first; the second row of each text must not count.
     texts = torch.tensor([[[3.0, 0.0], [9.0, 9.0]], [[6.0, 8.0], [9.0, 9.0]]])
-    monkeypatch.setattr(model, "encode", lambda text: texts)
+    monkeypatch.setattr(model, "forward", lambda text: texts)
     images = torch.tensor([[[2.0, 0.0], [-1.0, 0.0]], [[0.0, -1.0], [0.0, 5.0]]])
     model.temperature.data.fill_(0.1)
     # Cosines by hand: image 0 points along x, image 1 along y; text 1 is (0.6, 0.8).
@@ -185,8 +185,8 @@ def test_itc_loss_equals_the_one_worked_by_hand():
 
 def test_itm_draws_the_most_similar_wrong_pairs_and_never_the_true_one(monkeypatch):
     model, (image, text) = make_qformer(), make_batch(B=3)
-    calls, encode = [], model.encode
-    monkeypatch.setattr(model, "encode", lambda *inputs: calls.append(inputs) or encode(*inputs))
+    calls, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda *inputs: calls.append(inputs) or forward(*inputs))
     similarity = torch.tensor([[0.0, -200, -99], [-99, 0.0, -200], [-200, -99, 0.0]])
     model.itm_loss(image, text, similarity)
     [(images, texts, kind)] = calls
@@ -217,7 +217,7 @@ def test_itg_loss_equals_a_slow_reference_and_skips_padding():
     losses = []
     for b, length in enumerate([4, 2]):
         for t in range(length - 1):                       # later tokens are not even there
-            rows = model.encode(image[b:b + 1], text[b:b + 1, :t + 1], "causal")
+            rows = model(image[b:b + 1], text[b:b + 1, :t + 1], "causal")
             losses.append(-model.lm_head(rows[0, -1]).log_softmax(dim=-1)[text[b, t + 1]])
     torch.testing.assert_close(loss, torch.stack(losses).mean())
     torch.testing.assert_close(queries, model(image))

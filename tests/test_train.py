@@ -121,16 +121,16 @@ def test_pictures_may_grow_in_a_later_stage_and_positions_are_interpolated(out):
 
 
 @pytest.mark.parametrize("setting, message", [
-    ("scenes.n_colors=4", "scenes.n_colors 5, not 4: run an earlier stage"),
-    ("qformer.n_queries=3", "qformer.n_queries 2, not 3"),
-    ("decoder.n_layers=1", "decoder.n_layers 2, not 1")])
+    ("scenes.n_colors=4", "scenes settings: .'n_colors'"),
+    ("qformer.n_queries=3", "qformer settings: .'n_queries'"),
+    ("decoder.n_layers=1", "decoder settings: .'n_layers'")])
 def test_a_stage_refuses_other_settings_than_its_weights_have(setting, message, out):
-    with pytest.raises(ValueError, match=f"vision.pt was trained with {message}"):
+    with pytest.raises(ValueError, match=f"vision.pt was trained with other {message}"):
         run(out, "--stage=align", setting)
 
 
 @pytest.mark.parametrize("name, change, message", [
-    ("trained", lambda parts: parts[:2], "decoder.* would stay frozen with random numbers"),
+    ("trained", lambda parts: parts[1:], "decoder.* would stay frozen with random numbers"),
     ("model", lambda weights: dict([*weights.items()][1:]), "weights do not fit: missing"),
     ("model", lambda weights: weights | {"decoder.norm.weight": torch.ones(3)}, "size mismatch")])
 def test_a_part_whose_weights_do_not_fit_or_are_missing_is_refused(name, change, message, out):
@@ -186,12 +186,11 @@ def test_a_run_on_published_parts_needs_no_stage_0_and_keeps_frozen_weights(
     (["--recipe=blip3"], "unknown recipe 'blip3': use one of blip2_plora"),
     (["--connector=patch-merge", "vit.image_size=(40, 40)"], "an image has 25"),
     (["recipe=minigpt4", "projector.kind=identity", "qformer.dim=24"], "nothing is trainable"),
-    (["accumulate=3"], "batch_size must divide into 3 parts"),
     ([f"--qformer={GOLDEN / 'blip2'}"], "give --vit"),
     (["half_frozen=true"], "half_frozen needs bf16"),
     (["align_lrr=1"], "there is no 'align_lrr'; the nearest is 'align_lr'"),
     (["vit.dimm=16"], "there is no 'vit.dimm'; the nearest is 'vit.dim'"),
-    (["vit.dim=wide"], "--set vit.dim=wide: "), (["bf16=1"], "--set bf16=1: ")])
+    (["vit.dim=wide"], "vit.dim=wide: expected int"), (["bf16=1"], "bf16=1: expected bool")])
 def test_settings_that_cannot_work_are_refused_before_anything_is_trained(more, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         run(tmp_path, *more)
@@ -231,20 +230,6 @@ def test_itc_and_itm_train_their_heads_in_one_step_of_so_many_unless_without_wei
     train.StageLoss(model, "vision", config)(*task.batches("vision", collate), step).backward()
     heads = model.qformer.itc_text, model.qformer.itm_head, model.qformer.lm_head[0]
     assert tuple(head.weight.grad is not None for head in heads) == (*expected, True)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_gradients_of_a_batch_in_two_micro_batches_equal_those_of_the_whole(stage):
-    config, gradients = config_of("itc_weight=0.0", "itm_weight=0.0"), []
-    model, collate, task = model_of(config, stage)
-    samples = [task.train(stage)[i] for i in range(4)]
-    make = collate.pairs if stage == "vision" else collate.conversations
-    model.eval()  # dropout draws anew in each part
-    for parts in ([make(samples)], [make(samples[:1]), make(samples[1:])]):
-        model.zero_grad()
-        loss = train.backward(train.StageLoss(model, stage, config), parts, 0, 0, config)
-        gradients.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("stage", STAGES)
