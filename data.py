@@ -162,6 +162,7 @@ def caption(things: list[Thing], rng: random.Random) -> str:
 
 
 KINDS = ("color", "shape", "size", "where", "count", "exists", "relation")
+CLASS = "What is in the picture?"
 DESCRIBE = ("Describe the picture in detail.", "What do you see? Describe everything.",
             "Give a detailed description.")
 CAPTION = ("Describe the picture in one sentence.", "What does the picture show, in short?",
@@ -567,21 +568,33 @@ class Collate:
                 "labels": pad_sequence(labels, True, IGNORED), "images": self.images(samples)}
 
     def pairs(self, samples: list[Sample]) -> dict[str, Tensor]:
-        """{"images" (B, 3, height, width), "text" (B, T), "to_generate" (B, T)}:
-        each first image and its text, for the Q-Former's losses. Text begins with
-        <s>, whose row sums it up, or <dec>, the sign to generate it, and ends with ###."""
-        mark, texts = self.tokenizer, []
+        """{"images" (B, 3, height, width), "text", "to_generate" and "targets" (B, T)}: each first
+        image and its text, for the Q-Former's losses. Text begins with <s>, whose row sums it up,
+        or <dec>, the sign to generate it, and ends with ###. targets: what is to be generated,
+        answers alone; elsewhere padding."""
+        mark, rows = self.tokenizer, []
         for sample in samples:
-            ids = mark.encode(mark.space + plain_text(sample))
-            texts.append(torch.tensor([mark.summary, *ids[:self.max_len - 2], mark.end]))
-        text = pad_sequence(texts, True, mark.pad)
+            ids, targets = [mark.summary], [mark.pad]
+            for question, answer in sample.turns:
+                words = question.replace("<image>", " ").split()
+                asked = mark.encode(mark.space + " ".join(words)) if words else []
+                told = mark.encode(mark.space + answer.strip())
+                ids += asked + told
+                targets += [mark.pad] * len(asked) + told
+            rows.append([(*row[:self.max_len - 1], mark.end) for row in (ids, targets)])
+        text, targets = (pad_sequence([torch.tensor(row) for row in side], True, mark.pad)
+                         for side in zip(*rows))
         to_generate = text.clone()
         to_generate[:, 0] = mark.dec
         firsts = [replace(sample, images=sample.images[:1]) for sample in samples]
-        return {"images": self.images(firsts), "text": text, "to_generate": to_generate}
+        return {"images": self.images(firsts), "text": text, "to_generate": to_generate,
+                "targets": targets}
 
 
 # ---- Conversations: your own data ------------------------------------------------------------
+
+PICTURES = (".jpg", ".jpeg", ".png")
+
 
 def read_text(path: str | Path) -> str:
     """Raises FileNotFoundError, or ValueError naming the file."""
@@ -637,18 +650,23 @@ def parse_record(record, folder: Path, name: str) -> tuple[list[Path], list[tupl
     return paths, list(zip(texts[::2], texts[1::2])), name
 
 
-def as_record(file: str, captions: list[str]) -> dict:
-    """A picture in LLaVA's form: each of its captions answers a question without words."""
+def as_record(file: str, captions: list[str], question: str = "") -> dict:
+    """A picture in LLaVA's form: each of its captions answers the question."""
     messages = []
     for i, text in enumerate(captions):
-        messages.append({"from": "human", "value": "" if i else "<image>"})
+        messages.append({"from": "human", "value": question if i else f"<image> {question}"})
         messages.append({"from": "gpt", "value": text})
     return {"id": file, "image": file, "conversations": messages}
 
 
 def read_records(path: Path) -> tuple[list, str]:
-    """The records of a file in LLaVA's form, not yet looked into, and its layout: "conversations",
-    "annotations" or "captions". Raises ValueError naming the file, and the line of JSONL."""
+    """The records of a file or folder in LLaVA's form, not yet looked into, and its layout:
+    "conversations", "annotations" or "captions". Raises ValueError naming the file, and the line of
+    JSONL."""
+    if path.is_dir():
+        files = [file for file in sorted(path.glob("*/*")) if file.suffix.lower() in PICTURES]
+        return [as_record(f"{file.parent.name}/{file.name}", [file.parent.name], CLASS)
+                for file in files], "conversations"
     if path.suffix == ".json":
         content = read_json(path)
         if isinstance(content, dict) and "annotations" in content:
@@ -690,8 +708,9 @@ def clean_caption(text: str, min_words: int) -> str:
 
 
 class Conversations(Dataset):
-    """Pictures and text of your own, in one of three layouts.
+    """Pictures and text of your own, in one of four layouts.
 
+    A folder with a folder of pictures for each class: torchvision's ImageFolder.
     A file of LLaVA records, JSON or JSONL, see `parse_record`.
     A folder like MiniGPT-4's `cc_sbu_align`: filter_cap.json, {"annotations": [{"image_id",
     "caption"}]}, and image/<image_id>.jpg. For "instruct" its captions are cleaned.
@@ -706,10 +725,10 @@ class Conversations(Dataset):
     def __init__(self, path: str | Path, folder: str = "", skip_bad: bool = False,
                  min_words: int = 5):
         path, self.records, self.task, self.min_words = Path(path), [], "", min_words
-        if path.is_dir():
-            is_cc_sbu = (path / "filter_cap.json").is_file()
-            path = path / ("filter_cap.json" if is_cc_sbu else "captions.txt")
-        beside = [path.parent / name for name in ("images", "image", "Images", ".")]
+        files = [path / name for name in ("filter_cap.json", "captions.txt")]
+        path = next((file for file in files if file.is_file()), path)
+        base = path if path.is_dir() else path.parent
+        beside = [base / name for name in ("images", "image", "Images", ".")]
         folder = Path(folder or next(one for one in beside if one.is_dir()))
         records, self.layout = read_records(path)
         for i, record in enumerate(records):

@@ -254,14 +254,17 @@ class QFormer(nn.Module):
         is_pair = torch.arange(3 * B, device=text.device) < B
         return F.cross_entropy(logits.float(), is_pair.long())
 
-    def itg_loss(self, image_features: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    def itg_loss(self, image_features: Tensor, text: Tensor,
+                 targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Image-grounded generation: predict each text token from queries and the tokens before.
 
-        image_features (B, P, Dv); text (B, T), its first token the start of decoding. Returns the
-        loss in nats per token and the query rows (B, Q, Dq), which text never moves.
+        image_features (B, P, Dv); text (B, T), its first token the start of decoding; targets (B,
+        T): the tokens of text to predict, and padding for the others; None: all. Returns the loss
+        in nats per token and the query rows (B, Q, Dq), which text never moves.
         """
+        targets = text if targets is None else targets
         x = self(image_features, text, "causal")  # (B, S, Dq)
         logits = self.lm_head(x[:, self.n_queries:-1])  # (B, T - 1, V)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), text[:, 1:].flatten(),
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets[:, 1:].flatten(),
                                ignore_index=self.pad_id)
         return loss, x[:, :self.n_queries]

@@ -283,6 +283,17 @@ def test_a_broken_picture_is_named_when_read_and_skipped_records_are_printed(tmp
     assert all(re.search(message, line) for (_, message), line in zip(mistakes, lines, strict=True))
 
 
+def test_a_folder_for_each_class_asks_what_is_in_the_picture(tmp_path):
+    for name, image in (("red wall", RED), ("blue", BLUE)):
+        (tmp_path / name).mkdir()
+        image.save(tmp_path / name / "1.png")
+        (tmp_path / name / "notes.txt").touch()
+    own = Conversations(tmp_path)
+    assert [own[i].images for i in range(len(own))] == [[BLUE], [RED]]
+    assert turns_of(own) == [[("<image> What is in the picture?", name)]
+                             for name in ("blue", "red wall")]
+
+
 def test_split_takes_each_record_to_one_side(tmp_path):
     train = Conversations(write(tmp_path, *(record(f"q{i}", "a") for i in range(7))))
     assert [question for ((question, _),) in turns_of(train.split(3))] == ["q0", "q3", "q6"]
@@ -384,6 +395,8 @@ def test_pairs_hold_the_first_image_and_all_that_is_said_about_it():
     rest = [[*byte_ids(" ab"), 4, 0, 0, 0, 0, 0], [*byte_ids(" q a b c"), 4]]
     assert batch["text"].tolist() == [[2, *row] for row in rest]  # <s>
     assert batch["to_generate"].tolist() == [[3, *row] for row in rest]  # <dec>
+    asked = [0, 0, *byte_ids(" a"), 0, 0, *byte_ids(" c"), 4]  # questions are not generated
+    assert batch["targets"].tolist() == [[0, *rest[0]], [0, *asked]]
     assert batch["images"][:, :, 0, 0].tolist() == [[1, -1, -1], [-1, -1, 1]]
     short = Collate(BYTES, 2, (2, 4), max_len=5).pairs(samples[1:])["text"]
     assert short.tolist() == [[2, *byte_ids(" q "), 4]]  # the end is never cut off

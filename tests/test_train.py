@@ -300,6 +300,15 @@ def test_six_samples_are_learned_by_heart():
     assert answers == [sample.turns[0][1] for sample in samples]
 
 
+def test_augmented_images_are_moved_and_flipped(monkeypatch):
+    images = torch.randn(2, 3, 8, 16)
+    monkeypatch.setattr(torch, "rand", lambda *size: torch.ones(size))  # an eighth of a side
+    for drawn, expected in ((1, images), (0, images.flip(3))):
+        monkeypatch.setattr(torch, "randint", lambda low, high, size: torch.full(size, drawn))
+        moved = train.augment(images)[:, :, :-1, :-2]
+        torch.testing.assert_close(moved, expected[:, :, 1:, 2:], rtol=1e-4, atol=1e-5)
+
+
 # ---- Data and interruptions ------------------------------------------------------------------
 
 def own_data(folder, n=6):
@@ -381,6 +390,19 @@ def test_own_wide_pictures_go_through_all_stages_and_their_long_answers_are_in_b
     run(tmp_path, data, data.replace("data=", "val=", 1), "vit.image_size=(48, 96)")
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["qa_accuracy_floor"] == 0.5 and metrics["bleu4_floor"] > 0.5 > metrics["bleu4"]
+
+
+def test_questions_are_drawn_from_the_whole_file_and_a_table_has_a_line_for_each_class(
+        tmp_path, capsys):
+    for name in ("ant", "bee", "cow"):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{i}.png")
+    config = config_of(f"--data={tmp_path}", f"--val={tmp_path}", "eval_samples=30")
+    model, collate, task = model_of(config, "instruct")
+    train.evaluate(model, task, collate, config, tmp_path)
+    kinds = [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert kinds == ["all", "ant", "bee", "cow"]
 
 
 def test_each_turn_is_a_question_after_the_true_turns_before_it():
