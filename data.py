@@ -594,21 +594,14 @@ class Collate:
 # ---- Conversations: your own data ------------------------------------------------------------
 
 PICTURES = (".jpg", ".jpeg", ".png")
-
-
-def read_text(path: str | Path) -> str:
-    """Raises FileNotFoundError, or ValueError naming the file."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text in UTF-8 ({error})") from error
+CAPTION_FILES = ("filter_cap.json", "captions.txt")
 
 
 def read_json(path: str | Path, text: str = ""):
-    """The content of a file, or of a text in it. Raises as `read_text` does."""
+    """The content of a file, or of a text in it. Raises FileNotFoundError, ValueError."""
     try:
-        return json.loads(text or read_text(path))
-    except json.JSONDecodeError as error:
+        return json.loads(text or Path(path).read_text(encoding="utf-8-sig"))
+    except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
 
 
@@ -621,8 +614,8 @@ def read_image(path: str | Path, name: str = "picture") -> Image.Image:
         raise BadRecord(f"{name}: cannot read image {path} ({error})") from error
 
 
-def parse_record(record, folder: Path, name: str) -> tuple[list[Path], list[tuple[str, str]], str]:
-    """A LLaVA record -> the paths of its pictures, its turns, its name. Raises BadRecord.
+def parse_record(record, folder: Path, name: str) -> Sample:
+    """A LLaVA record as a sample with the paths of its pictures as `images`. Raises BadRecord.
 
     {"image": FILE or a list of them or none, "conversations": [{"from": "human" or "gpt", "value":
     TEXT}, ...]}, with "<image>" in the questions once for each picture.
@@ -644,48 +637,19 @@ def parse_record(record, folder: Path, name: str) -> tuple[list[Path], list[tupl
     files = files if isinstance(files, list) else [files]
     n = sum(text.count("<image>") for text in texts)
     must(n == len(files), f"{n} <image> placeholders in the text, but {len(files)} images")
-    paths = [folder / str(file) for file in files]
+    paths = tuple(folder / str(file) for file in files)
     for path in paths:
         must(path.is_file(), f"no image file {path}")
-    return paths, list(zip(texts[::2], texts[1::2])), name
+    return Sample(paths, list(zip(texts[::2], texts[1::2])), name=name)
 
 
-def as_record(file: str, captions: list[str], question: str = "") -> dict:
-    """A picture in LLaVA's form: each of its captions answers the question."""
-    messages = []
-    for i, text in enumerate(captions):
-        messages.append({"from": "human", "value": question if i else f"<image> {question}"})
-        messages.append({"from": "gpt", "value": text})
-    return {"id": file, "image": file, "conversations": messages}
+def as_record(file: str, question: str, answer: str) -> dict:
+    """One question about one picture in LLaVA's form."""
+    return {"id": file, "image": file, "conversations": [
+        {"from": "human", "value": f"<image> {question}"}, {"from": "gpt", "value": answer}]}
 
 
-def read_records(path: Path) -> tuple[list, str]:
-    """The records of a file or folder in LLaVA's form, not yet looked into, and its layout:
-    "conversations", "annotations" or "captions". Raises ValueError naming the file, and the line of
-    JSONL."""
-    if path.is_dir():
-        files = [file for file in sorted(path.glob("*/*")) if file.suffix.lower() in PICTURES]
-        return [as_record(f"{file.parent.name}/{file.name}", [file.parent.name], CLASS)
-                for file in files], "conversations"
-    if path.suffix == ".json":
-        content = read_json(path)
-        if isinstance(content, dict) and "annotations" in content:
-            return [as_record(f"{record.get('image_id')}.jpg", [record.get("caption")])
-                    for record in content["annotations"]], "annotations"
-        check(isinstance(content, list), f"{path}: expected a list of records")
-        return content, "conversations"
-    lines = [(i, line) for i, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
-    if path.suffix == ".jsonl":
-        return [read_json(f"{path} line {i}", line) for i, line in lines], "conversations"
-    captions = defaultdict(list)
-    for _, line in lines:  # "7.jpg<TAB>A dog." or "7.jpg,A dog.", "7.jpg#0" for the first of many
-        file, *text = line.split("\t", 1) if "\t" in line else next(csv.reader([line]))
-        captions[re.sub(r"#\d+$", "", file.strip())].append(",".join(text).strip())
-    captions.pop("image", None)  # the headline "image,caption"
-    return [as_record(file, texts) for file, texts in captions.items()], "captions"
-
-
-def clean_caption(text: str, min_words: int) -> str:
+def clean_caption(text: str, min_words: int = 5) -> str:
     """A caption fit to be imitated: without markup, meaningless signs, repeated sentences and an
     unfinished last one; "" if fewer than min_words words are left.
 
@@ -707,35 +671,71 @@ def clean_caption(text: str, min_words: int) -> str:
     return text if len(re.findall(r"\w+", text)) >= min_words else ""
 
 
+def read_captions(path: Path) -> list[dict]:
+    """The records of cc_sbu_align's filter_cap.json, captions cleaned, or of a captions.txt. A
+    picture always gets the same instruction."""
+    records = []
+    if path.suffix == ".json":
+        for record in read_json(path)["annotations"]:
+            file, text = f"{record.get('image_id')}.jpg", clean_caption(record.get("caption", ""))
+            if text:
+                records.append(as_record(file, random.Random(file).choice(DESCRIBE), text))
+        print(f"{path}: {len(records)} captions are left after cleaning")
+        return records
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    for line in filter(str.strip, lines):
+        # "7.jpg<TAB>A dog." or "7.jpg,A dog.", "7.jpg#0" for the first of many
+        file, *text = line.split("\t", 1) if "\t" in line else next(csv.reader([line]))
+        file = re.sub(r"#\d+$", "", file.strip())
+        if file != "image":  # the headline is "image,caption"
+            question = random.Random(file).choice(CAPTION)
+            records.append(as_record(file, question, ",".join(text)))
+    return records
+
+
+def read_records(path: Path) -> list:
+    """The records of a file or folder in LLaVA's form, not yet looked into. Raises ValueError
+    naming the file, and the line of JSONL."""
+    if path.is_dir():
+        files = [file for file in sorted(path.glob("*/*")) if file.suffix.lower() in PICTURES]
+        return [as_record(f"{file.parent.name}/{file.name}", CLASS, file.parent.name)
+                for file in files]
+    if path.name in CAPTION_FILES:
+        return read_captions(path)
+    if path.suffix == ".jsonl":
+        lines = enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1)
+        return [read_json(f"{path} line {i}", line) for i, line in lines if line.strip()]
+    records = read_json(path)
+    check(isinstance(records, list), f"{path}: expected a list of records")
+    return records
+
+
 class Conversations(Dataset):
     """Pictures and text of your own, in one of four layouts.
 
     A folder with a folder of pictures for each class: torchvision's ImageFolder.
     A file of LLaVA records, JSON or JSONL, see `parse_record`.
+    A folder like Flickr8k's: captions.txt.
     A folder like MiniGPT-4's `cc_sbu_align`: filter_cap.json, {"annotations": [{"image_id",
-    "caption"}]}, and image/<image_id>.jpg. For "instruct" its captions are cleaned.
-    A folder like Flickr8k's: captions.txt. Each caption is a sample; for "test" all of a picture
-    are the right answers (`references`) to one question.
+    "caption"}]}, and image/<image_id>.jpg.
 
     folder: of the pictures, by default images/, image/ or Images/ beside the file, or where it is.
     skip_bad: leave out records that cannot be used. Raises FileNotFoundError, or ValueError naming
     the file, and the record where there is one.
     """
 
-    def __init__(self, path: str | Path, folder: str = "", skip_bad: bool = False,
-                 min_words: int = 5):
-        path, self.records, self.task, self.min_words = Path(path), [], "", min_words
-        files = [path / name for name in ("filter_cap.json", "captions.txt")]
+    def __init__(self, path: str | Path, folder: str = "", skip_bad: bool = False):
+        path, self.records, self.task = Path(path), [], ""
+        files = [path / name for name in CAPTION_FILES]
         path = next((file for file in files if file.is_file()), path)
         base = path if path.is_dir() else path.parent
         beside = [base / name for name in ("images", "image", "Images", ".")]
         folder = Path(folder or next(one for one in beside if one.is_dir()))
-        records, self.layout = read_records(path)
-        for i, record in enumerate(records):
+        for i, record in enumerate(read_records(path)):
             try:
                 parsed = parse_record(record, folder, f"{path} record {i}")
-                for file in parsed[0] if skip_bad else ():  # broken ones must be known beforehand
-                    read_image(file, parsed[2])
+                for file in parsed.images if skip_bad else ():  # now, or it is too late to skip
+                    read_image(file, parsed.name)
                 self.records.append(parsed)
             except BadRecord as error:
                 if not skip_bad:
@@ -744,46 +744,41 @@ class Conversations(Dataset):
         check(len(self.records) > 0, f"{path}: there is no usable record in it")
 
     def split(self, every: int) -> "Conversations":
-        """Move every n-th record into a new dataset and return that."""
-        held_out = copy.copy(self)
-        held_out.records = self.records[::every]
-        self.records = [record for i, record in enumerate(self.records) if i % every]
-        check(len(self.records) > 0, "one record is too little to train on and to measure on")
+        """Move the records of every n-th picture into a new dataset and return that."""
+        pictures = list(dict.fromkeys(record.images or record.name for record in self.records))
+        chosen, held_out = set(pictures[::every]), copy.copy(self)
+        held_out.records, rest = [], []
+        for record in self.records:
+            is_chosen = (record.images or record.name) in chosen
+            (held_out.records if is_chosen else rest).append(record)
+        self.records = rest
+        check(len(rest) > 0, "one picture is too little to train on and to measure on")
         return held_out
 
     def for_task(self, task: str) -> "Conversations":
-        """The same records as another task wants them."""
-        other, asks = copy.copy(self), task in ("instruct", "test")
-        other.task, other.records = task, []
-        for paths, turns, name in self.records:
-            if self.layout == "annotations" and asks:
-                turns = [(turns[0][0], clean_caption(turns[0][1], self.min_words))]
-            if self.layout != "conversations":  # always the same instruction for a picture
-                instructions = DESCRIBE if self.layout == "annotations" else CAPTION
-                chosen = random.Random(name).choice(instructions) if asks else ""
-                turns = [(f"<image> {chosen}", text) for _, text in turns if text]
-            if not turns or task == "vision" and not paths:
-                continue
-            is_apart = self.layout == "captions" and task != "test"
-            for sample in [[turn] for turn in turns] if is_apart else [turns]:
-                other.records.append((paths, sample, name))
-        if self.layout == "annotations" and asks:
-            print(f"{len(other.records)} of {len(self.records)} captions are left after cleaning")
-        check(len(other.records) > 0, f"there is nothing for {task!r} in {self.records[0][2]} ff.")
+        """The same records as another task wants them; for "test" all answers to one question about
+        one picture are right (`references`)."""
+        other, questions = copy.copy(self), {}
+        other.task = task
+        for record in self.records:
+            is_single = task == "test" and len(record.turns) == 1
+            about = (record.images, record.turns[0][0]) if is_single else id(record)
+            first = questions.setdefault(about, replace(record))
+            first.references += (record.turns[0][1],) if is_single else ()
+        other.records = [record for record in questions.values() if record.images
+                         or task != "vision"]
+        check(len(other.records) > 0, f"{self.records[0].name} ff.: there is nothing for {task!r}")
         return other
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, i: int) -> Sample:
-        paths, turns, name = self.records[i]
+        record = self.records[i]
         if self.task == "language":
-            turns = [(question.replace("<image>", " "), answer) for question, answer in turns]
-            return Sample([], turns, name=name)
-        sample = Sample([read_image(path, name) for path in paths], turns, name=name)
-        if self.layout == "captions" and self.task == "test":
-            sample.turns, sample.references = turns[:1], tuple(answer for _, answer in turns)
-        return sample
+            turns = [(text.replace("<image>", " "), answer) for text, answer in record.turns]
+            return replace(record, images=[], turns=turns)
+        return replace(record, images=[read_image(path, record.name) for path in record.images])
 
 
 # ---- Pictures for people ---------------------------------------------------------------------

@@ -91,11 +91,10 @@ class Config:
     vocab_size: int = 1024               # at most; the tokenizer stops earlier when no pair repeats
     max_len: int = 512                   # longest prompt and answer together, in tokens
     data: str = ""                       # own data to train on; empty: built-in scenes
-    val: str = ""                        # own data to be measured on; empty: every 20th record
+    val: str = ""                        # own data to be measured on; empty: every 20th picture
     images: str = ""                     # folder of their pictures
     skip_bad: bool = False
     augment: bool = False                # move and flip own pictures in training
-    min_words: int = 5                   # fewest in a caption that `instruct` imitates
     language_turns: int = 2              # questions about each description
     instruct_turns: int = 3              # questions about each picture
     language_samples: int = 46_000
@@ -109,6 +108,7 @@ class Config:
     align_lr: float = 6e-3
     instruct_lr: float = 8e-3
     ffn_lr: float = 0.1                  # share for the decoder's feed-forward nets, see README
+    own_lr: float = 0.25                 # share for ViT and Q-Former on own pictures, see README
     vision_adamw_lr: float = 0.5         # share for all but hidden matrices of ViT and Q-Former
     itc_weight: float = 0.1              # of the losses beside ITG; 0 leaves one out
     itm_weight: float = 0.1
@@ -261,19 +261,19 @@ class Task:
     def __init__(self, config: Config):
         self.config = c = config
         self.spec, n = SceneSpec(c.vit["image_size"][0], **c.scenes), c.eval_samples
-        self.own = Conversations(c.data, c.images, c.skip_bad, c.min_words) if c.data else None
+        self.own = Conversations(c.data, c.images, c.skip_bad) if c.data else None
         if self.own:
-            other = Conversations(c.val, c.images, c.skip_bad, c.min_words) if c.val else None
+            other = Conversations(c.val, c.images, c.skip_bad) if c.val else None
             held_out = (other or self.own.split(20)).for_task("test")
             # Drawn from all of it: many files are sorted by their answers.
             chosen = random.Random(c.seed).sample(range(len(held_out)), min(n, len(held_out)))
             self.test = {"qa": Subset(held_out, chosen)}
         else:
-            self.test = {name: Scenes(self.spec, task, size, split, c.seed, n_turns=1)
-                         for name, task, size, split in (
-                             ("qa", "question", n, "test"), ("qa_unseen", "question", n, "unseen"),
-                             ("description", "describe", (n + 1) // 2, "test"),
-                             ("language", "language", (n + 1) // 2, "test"))}
+            few = (n + 1) // 2
+            self.test = {"qa": Scenes(self.spec, "question", n, "test", c.seed),
+                         "qa_unseen": Scenes(self.spec, "question", n, "unseen", c.seed),
+                         "description": Scenes(self.spec, "describe", few, "test", c.seed),
+                         "language": Scenes(self.spec, "language", few, "test", c.seed, n_turns=1)}
 
     def train(self, stage: str) -> Dataset:
         if self.own:
@@ -381,7 +381,8 @@ class StageLoss(nn.Module):
 
     def forward(self, batch: dict[str, Tensor], step: int = 0) -> Tensor:
         """A batch of `Collate` -> nats per token (of ITC and ITM: per pair)."""
-        if self.config.augment and self.config.data:  # "left" would become a lie in scenes
+        # Own pictures alone: in scenes "left" would become a lie.
+        if self.config.augment and self.config.data and len(batch["images"]):
             batch = batch | {"images": augment(batch["images"])}
         if self.stage == "vision":
             return self.vision_loss(batch, step)
@@ -420,24 +421,28 @@ def make_optimizers(model: MLLM, config: Config, stage: str) -> list[torch.optim
     pass what AdamW does not in many; `match_rms_adamw` scales it so that one learning rate fits
     all shapes.
     """
-    hidden, others = defaultdict(list), defaultdict(list)  # by rate and weight decay
+    hidden, others = {}, {}  # groups of parameters by rate and weight decay
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        part = part_of(name)
+        part, is_hidden = part_of(name), parameter.ndim == 2
+        is_hidden = is_hidden and "embedding" not in name and "head" not in name
         rate = getattr(config, f"{stage}_lr") * shares_of(config, stage)[part]
-        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        if config.data and part in ("vit", "qformer"):  # photographs want smaller steps than scenes
+            rate *= config.own_lr
         if part == "decoder" and name.split(".")[-2] in ("w1", "w2", "w3"):
             rate *= config.ffn_lr
-        if parameter.ndim == 2 and "embedding" not in name and "head" not in name:
-            hidden[rate, decay].append(parameter)
-        else:
-            rate *= config.vision_adamw_lr if part in ("vit", "qformer") else 1.0
-            others[rate, decay].append(parameter)
-    groups = [[dict(params=parameters, lr=rate, peak=rate, weight_decay=decay)
-               for (rate, decay), parameters in kind.items()] for kind in (hidden, others)]
-    optimizers = [torch.optim.Muon(groups[0], adjust_lr_fn="match_rms_adamw")] if hidden else []
-    optimizers += [torch.optim.AdamW(groups[1], betas=(0.9, 0.95))] if others else []
+        if not is_hidden and part in ("vit", "qformer"):
+            rate *= config.vision_adamw_lr
+        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        group = dict(params=[], lr=rate, peak=rate, weight_decay=decay)
+        groups = hidden if is_hidden else others
+        groups.setdefault((rate, decay), group)["params"].append(parameter)
+    optimizers = []
+    if hidden:
+        optimizers.append(torch.optim.Muon(hidden.values(), adjust_lr_fn="match_rms_adamw"))
+    if others:
+        optimizers.append(torch.optim.AdamW(others.values(), betas=(0.9, 0.95)))
     check(len(optimizers) > 0, f"nothing is trainable in {stage!r}")
     return optimizers
 
@@ -513,7 +518,8 @@ def single_questions(samples: Dataset) -> list[Sample]:
     """Each turn as a question, with the true turns before it and its right answers as
     `references`. Long answers to your own questions are of the kind "text"."""
     questions = []
-    for sample in (samples[i] for i in range(len(samples))):
+    for n in range(len(samples)):
+        sample = samples[n]
         for i, (question, truth) in enumerate(sample.turns):
             turns = sample.turns[:i] + [(question, None)]
             images = sample.images[:sum(text.count("<image>") for text, _ in turns)]
@@ -544,21 +550,16 @@ def bleu4(answers: list[str], references: list[tuple[str, ...]]) -> float:
     return precision * math.exp(min(0, 1 - nearest / length))
 
 
-def prompt_ids(question: Sample, collate: Collate) -> Tensor:
-    """The ids of a question. Raises ValueError naming one that leaves no room for an answer."""
-    ids, _ = encode_turns(collate.tokenizer, question.turns, collate.n_rows, 10**9, question.name)
-    check(len(ids) + ANSWER_TOKENS <= collate.max_len, f"{question.name}: {len(ids)} tokens and an "
-          f"answer of up to {ANSWER_TOKENS} do not fit in max_len {collate.max_len}")
-    return torch.tensor(ids)
-
-
 def answer(model: MLLM, questions: list[Sample], collate: Collate, config: Config,
            blind: bool = False) -> list[str]:
     """The model's likeliest answer to each question; blind: shown the pictures of others."""
     device, end = next(model.parameters()).device, collate.tokenizer.end
     images = collate.images(questions)
     images = images.roll(len(images) // 2, dims=0) if blind else images
-    prompts = [prompt_ids(question, collate) for question in questions]
+    prompts = []
+    for question in questions:
+        ids, _ = encode_turns(collate.tokenizer, question.turns, collate.n_rows, 10**9)
+        prompts.append(torch.tensor(ids))
     model.eval()
     with autocast(device, config):
         tokens = list(model.generate(prompts, images.to(device), ANSWER_TOKENS, end))
@@ -575,7 +576,8 @@ def score(questions: list[Sample], answers: list[str]) -> dict[str, float]:
         else:
             for kind in (question.kind, "all"):
                 right[kind].append(given in question.references)
-    scores = {kind: sum(right[kind]) / len(right[kind]) for kind in sorted(right)}
+    kinds = sorted(right, key=lambda kind: (kind == "all", kind))
+    scores = {kind: sum(right[kind]) / len(right[kind]) for kind in kinds}
     return scores | ({"bleu4": bleu4(*zip(*texts))} if texts else {})
 
 
@@ -637,7 +639,7 @@ FLAGS = {  # those that set a field of `Config`; --set changes all others
     "recipe": "what is trainable when: " + ", ".join(RECIPES),
     "connector": "between ViT and projector, instead of the recipe's: " + ", ".join(CONNECTORS),
     "data": "your own data: LLaVA JSON or JSONL, or a folder of captions; default: built-in scenes",
-    "val": "the same, to be measured on; default: every 20th record of --data",
+    "val": "the same, to be measured on; default: every 20th picture of --data",
     "images": "folder of their pictures; default: images/ or image/ beside the file",
     "vit": "folder of a published CLIP or BLIP-2 to take the ViT from",
     "qformer": "folder of a published BLIP-2 to take the Q-Former from",
@@ -755,16 +757,14 @@ def collate_for(model: MLLM, tokenizer: Tokenizer, config: Config) -> Collate:
     return Collate(tokenizer, c.n_rows(size), size, config.max_len, c.pixel_mean, c.pixel_std)
 
 
-def rehearse(stages: list[str], task: Task, tokenizer: Tokenizer, config: Config) -> None:
-    """Build each model without memory, encode the examination: better an error now than later."""
+def rehearse(stages: list[str], tokenizer: Tokenizer, config: Config) -> None:
+    """Build each model without memory: better an error now than after hours."""
     for stage in stages:
         with torch.device("meta"):
             model = MLLM(model_config(config, stage, tokenizer))
         model.train_only(shares_of(config, stage))
         make_optimizers(model, config, stage)
-        collate = collate_for(model, tokenizer, config)
-    for question in single_questions(task.test["qa"]) if task.own and "instruct" in stages else ():
-        prompt_ids(question, collate)
+        collate_for(model, tokenizer, config)
 
 
 def finish(stages: list[str], task: Task, tokenizer: Tokenizer, config: Config, out: Path,
@@ -805,7 +805,7 @@ def main() -> None:
     sum_of_all(torch.zeros((), device=device))
     tokenizer = Tokenizer.load(out / "tokenizer.json")
     to_train = [stage for stage in stages if stage != "evaluate"]
-    rehearse(to_train, task, tokenizer, config)
+    rehearse(to_train, tokenizer, config)
     for stage in to_train:
         run_stage(stage, task, tokenizer, config, out, device, state)
         state = None

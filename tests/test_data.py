@@ -298,7 +298,7 @@ def test_split_takes_each_record_to_one_side(tmp_path):
     train = Conversations(write(tmp_path, *(record(f"q{i}", "a") for i in range(7))))
     assert [question for ((question, _),) in turns_of(train.split(3))] == ["q0", "q3", "q6"]
     assert [question for ((question, _),) in turns_of(train)] == ["q1", "q2", "q4", "q5"]
-    with pytest.raises(ValueError, match="one record"):
+    with pytest.raises(ValueError, match="one picture"):
         Conversations(write(tmp_path, PLAIN)).split(3)
 
 
@@ -321,19 +321,19 @@ def test_captions_are_cleaned_as_by_hand(text, cleaned):
     assert clean_caption(text, min_words=4) == clean_caption(cleaned, min_words=4) == cleaned
 
 
-def test_annotations_answer_an_instruction_and_are_cleaned_for_it_alone(tmp_path):
+def test_annotations_are_cleaned_and_answer_an_instruction(tmp_path):
     texts = ["A red wall. ## It is wide. It", "A wall."] + ["A red wall that is wide."] * 20
     (tmp_path / "image").mkdir()
-    RED.save(tmp_path / "image" / "7.jpg")
-    annotations = [{"image_id": "7", "caption": text} for text in texts]
+    for i in range(22):
+        RED.save(tmp_path / "image" / f"{i}.jpg")
+    annotations = [{"image_id": f"{i}", "caption": text} for i, text in enumerate(texts)]
     (tmp_path / "filter_cap.json").write_text(json.dumps({"annotations": annotations}))
-    own = Conversations(tmp_path)
-    assert turns_of(own.for_task("align")) == [[("<image> ", text)] for text in texts]
-    questions, answers = zip(*(turns[0] for turns in turns_of(own.for_task("instruct"))))
+    questions, answers = zip(*(turns[0] for turns in turns_of(Conversations(tmp_path))))
     assert answers == ("A red wall. It is wide.", *texts[2:])
     assert {*questions} == {f"<image> {words}" for words in DESCRIBE}
-    with pytest.raises(ValueError, match="nothing for 'instruct' in .*filter_cap.json"):
-        Conversations(tmp_path, min_words=50).for_task("instruct")
+    (tmp_path / "filter_cap.json").write_text(json.dumps({"annotations": annotations[1:2]}))
+    with pytest.raises(ValueError, match="filter_cap.json: there is no usable record"):
+        Conversations(tmp_path)
 
 
 @pytest.mark.parametrize("text", [TABBED, COMMAS])

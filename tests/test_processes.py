@@ -51,7 +51,7 @@ def test_two_processes_train_like_one_even_where_one_has_no_picture(tmp_path, mo
 
     def plain_steps(model, config, stage):  # Muon and AdamW do not mind the scale of a gradient
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return [torch.optim.SGD([dict(params=trainable, peak=0.1)])]
+        return [torch.optim.SGD([dict(params=trainable, peak=0.02)])]
 
     monkeypatch.setattr(train, "make_optimizers", plain_steps)
     alike = [f"--data={tmp_path / 'data.json'}", "batch_size=2", "itc_weight=0.0", "itm_weight=0.0",

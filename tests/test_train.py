@@ -402,7 +402,7 @@ def test_questions_are_drawn_from_the_whole_file_and_a_table_has_a_line_for_each
     model, collate, task = model_of(config, "instruct")
     train.evaluate(model, task, collate, config, tmp_path)
     kinds = [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert kinds == ["all", "ant", "bee", "cow"]
+    assert kinds == ["ant", "bee", "cow", "all"]
 
 
 def test_each_turn_is_a_question_after_the_true_turns_before_it():
@@ -413,12 +413,6 @@ def test_each_turn_is_a_question_after_the_true_turns_before_it():
     assert second.turns == [("<image> q1", " a1 "), ("q2", None)]
     assert (first.images, second.images, third.images) == ([a], [a], [a, b])
     assert (first.references, first.kind, third.kind) == (("a1",), "answer", "text")
-
-
-def test_a_question_that_leaves_no_room_for_an_answer_is_named_before_training(tmp_path):
-    with pytest.raises(ValueError, match="record 0: .* do not fit in max_len 64"):
-        run(tmp_path, own_data(tmp_path), "max_len=64")
-    assert not list(tmp_path.glob("*.pt"))
 
 
 def test_blind_shows_each_question_the_picture_of_another(monkeypatch):
