@@ -230,6 +230,9 @@ def start_of(config: Config, stage: str, tokenizer: Tokenizer, out: Path) -> tup
             old, new = checkpoint["run"][part], getattr(config, part)
             changed = [name for name in old if old[name] != new[name] and name not in FREE]
             check(not changed, f"{path} was trained with other {part} settings: {changed}")
+        made_for = checkpoint["config"]["connector"]
+        check("projector" not in trained or made_for == model.config.connector,
+              f"{path} has a projector for the connector {made_for!r}: run 'align' again first")
         # The Q-Former's text half and last block, or all of it, have no place any more.
         weights = {name: tensor for name, tensor in checkpoint["model"].items()
                    if name in names and part_of(name) in trained}
@@ -242,8 +245,7 @@ def start_of(config: Config, stage: str, tokenizer: Tokenizer, out: Path) -> tup
         raise ValueError(f"weights do not fit: {error}") from error
     # A published ViT may come without `ln_vision`.
     missing = [name for name in missing if part_of(name) in trained and "ln_vision" not in name]
-    check(not missing and not unknown,
-          f"weights do not fit: missing {missing[:3]}, left over {unknown[:3]}")
+    check(not missing + unknown, f"weights do not fit: missing {missing}, left over {unknown}")
     used = {"language": {"decoder"}, "vision": {"vit", "qformer"}}.get(stage, {*PARTS})
     # Adapters may start anew while they are frozen: their B is zero.
     fresh = used & {part_of(name) for name in names} - {"adapters", *trained}
@@ -757,9 +759,10 @@ def collate_for(model: MLLM, tokenizer: Tokenizer, config: Config) -> Collate:
     return Collate(tokenizer, c.n_rows(size), size, config.max_len, c.pixel_mean, c.pixel_std)
 
 
-def rehearse(stages: list[str], tokenizer: Tokenizer, config: Config) -> None:
-    """Build each model without memory: better an error now than after hours."""
+def rehearse(stages: list[str], task: Task, tokenizer: Tokenizer, config: Config) -> None:
+    """Build each model without memory, find its data: better an error now than after hours."""
     for stage in stages:
+        task.train(stage)
         with torch.device("meta"):
             model = MLLM(model_config(config, stage, tokenizer))
         model.train_only(shares_of(config, stage))
@@ -805,7 +808,7 @@ def main() -> None:
     sum_of_all(torch.zeros((), device=device))
     tokenizer = Tokenizer.load(out / "tokenizer.json")
     to_train = [stage for stage in stages if stage != "evaluate"]
-    rehearse(to_train, tokenizer, config)
+    rehearse(to_train, task, tokenizer, config)
     for stage in to_train:
         run_stage(stage, task, tokenizer, config, out, device, state)
         state = None

@@ -129,6 +129,19 @@ def test_a_stage_refuses_other_settings_than_its_weights_have(setting, message, 
         run(out, "--stage=align", setting)
 
 
+def test_a_projector_stays_with_its_connector(out):
+    with pytest.raises(ValueError, match="align.pt has a projector for the connector 'qformer'"):
+        run(out, "--stage=instruct", "--connector=patches")
+
+
+def test_data_without_pictures_are_refused_before_anything_is_trained(tmp_path):
+    messages = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    (tmp_path / "my.json").write_text(json.dumps([{"conversations": messages}] * 4))
+    with pytest.raises(ValueError, match="there is nothing for 'vision'"):
+        run(tmp_path, f"--data={tmp_path / 'my.json'}")
+    assert not list(tmp_path.glob("*.pt"))
+
+
 @pytest.mark.parametrize("name, change, message", [
     ("trained", lambda parts: parts[1:], "decoder.* would stay frozen with random numbers"),
     ("model", lambda weights: dict([*weights.items()][1:]), "weights do not fit: missing"),
