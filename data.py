@@ -594,7 +594,6 @@ class Collate:
 # ---- Conversations: your own data ------------------------------------------------------------
 
 PICTURES = (".jpg", ".jpeg", ".png")
-CAPTION_FILES = ("filter_cap.json", "captions.txt")
 
 
 def read_json(path: str | Path, text: str = ""):
@@ -672,8 +671,8 @@ def clean_caption(text: str, min_words: int = 5) -> str:
 
 
 def read_captions(path: Path) -> list[dict]:
-    """The records of cc_sbu_align's filter_cap.json, captions cleaned, or of a captions.txt. A
-    picture always gets the same instruction."""
+    """The records of cc_sbu_align's filter_cap.json, captions cleaned, or of a text with a caption
+    a line. A picture always gets the same instruction."""
     records = []
     if path.suffix == ".json":
         for record in read_json(path)["annotations"]:
@@ -700,7 +699,7 @@ def read_records(path: Path) -> list:
         files = [file for file in sorted(path.glob("*/*")) if file.suffix.lower() in PICTURES]
         return [as_record(f"{file.parent.name}/{file.name}", CLASS, file.parent.name)
                 for file in files]
-    if path.name in CAPTION_FILES:
+    if path.name == "filter_cap.json" or path.suffix == ".txt":
         return read_captions(path)
     if path.suffix == ".jsonl":
         lines = enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1)
@@ -726,7 +725,7 @@ class Conversations(Dataset):
 
     def __init__(self, path: str | Path, folder: str = "", skip_bad: bool = False):
         path, self.records, self.task = Path(path), [], ""
-        files = [path / name for name in CAPTION_FILES]
+        files = [path / name for name in ("filter_cap.json", "captions.txt")]
         path = next((file for file in files if file.is_file()), path)
         base = path if path.is_dir() else path.parent
         beside = [base / name for name in ("images", "image", "Images", ".")]
