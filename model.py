@@ -535,7 +535,8 @@ class MLLM(nn.Module):
         x, is_adapted = self.embed(input_ids.to(device), images)
         cache = self.decoder.new_cache(len(prompts), T + max_new_tokens)
         last = torch.arange(len(prompts), device=device), lengths - 1
-        logits = self.decoder(x, is_adapted, None, cache, at=last)  # (B, V)
+        used = [slots[:, :, :T] for slots in cache]  # attention to empty slots would cost time
+        logits = self.decoder(x, is_adapted, None, used, at=last)  # (B, V)
         is_stopped = torch.zeros_like(lengths, dtype=torch.bool)
         for step in range(max_new_tokens):
             tokens = torch.where(is_stopped, stop_id, pick_token(logits, **sampling))  # (B,)
@@ -547,7 +548,8 @@ class MLLM(nn.Module):
             # overwrites the slot of its own position before anything attends to it.
             x = self.decoder.token_embedding(tokens)[:, None]  # (B, 1, D)
             is_adapted = self.adapted(tokens[:, None] == c.image_id, has_images=False)
-            logits = self.decoder(x, is_adapted, (lengths + step)[:, None], cache)[:, -1]
+            used = [slots[:, :, :T + step + 1] for slots in cache]
+            logits = self.decoder(x, is_adapted, (lengths + step)[:, None], used)[:, -1]
 
     def save(self, path: str | Path, **extra) -> None:
         """Write config and weights, and what `extra` names, to one file."""
