@@ -22,7 +22,7 @@ import re
 import sys
 import textwrap
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -759,13 +759,15 @@ class Conversations(Dataset):
         one picture are right (`references`)."""
         other, questions = copy.copy(self), {}
         other.task = task
-        for record in self.records:
-            is_single = task == "test" and len(record.turns) == 1
+        if task == "vision":
+            other.records = [record for record in self.records if record.images]
+        for record in self.records if task == "test" else ():
+            is_single = len(record.turns) == 1
             about = (record.images, record.turns[0][0]) if is_single else id(record)
             first = questions.setdefault(about, replace(record))
-            first.references += (record.turns[0][1],) if is_single else ()
-        other.records = [record for record in questions.values() if record.images
-                         or task != "vision"]
+            if is_single:
+                first.references += (record.turns[0][1],)
+        other.records = list(questions.values()) or other.records
         check(len(other.records) > 0, f"{self.records[0].name} ff.: there is nothing for {task!r}")
         return other
 

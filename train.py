@@ -156,9 +156,12 @@ def stages_of(config: Config) -> list[str]:
 
 def shares_of(config: Config, stage: str) -> dict[str, float]:
     """The trainable parts of a stage, each with its share of the learning rate."""
+    shares = dict(STAGE_0.get(stage) or RECIPES[config.recipe][stage])
     if stage == "vision" and config.vit_folder:  # a published ViT stays as it is
-        return {"qformer": 1.0}
-    return STAGE_0.get(stage) or RECIPES[config.recipe][stage]
+        del shares["vit"]
+    for part in {"vit", "qformer"} & {*shares} if config.data else ():
+        shares[part] *= config.own_lr  # photographs want smaller steps than scenes
+    return shares
 
 
 def steps_of(config: Config, stage: str) -> int:
@@ -349,8 +352,12 @@ def join_processes(device: torch.device) -> torch.device:
     return device
 
 
+def wait_for_all() -> None:
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
 def sum_of_all(value: Tensor) -> Tensor:
-    """The sum over all processes, which wait here for each other."""
     if distributed.is_initialized():
         distributed.all_reduce(value)
     return value
@@ -430,8 +437,6 @@ def make_optimizers(model: MLLM, config: Config, stage: str) -> list[torch.optim
         part, is_hidden = part_of(name), parameter.ndim == 2
         is_hidden = is_hidden and "embedding" not in name and "head" not in name
         rate = getattr(config, f"{stage}_lr") * shares_of(config, stage)[part]
-        if config.data and part in ("vit", "qformer"):  # photographs want smaller steps than scenes
-            rate *= config.own_lr
         if part == "decoder" and name.split(".")[-2] in ("w1", "w2", "w3"):
             rate *= config.ffn_lr
         if not is_hidden and part in ("vit", "qformer"):
@@ -516,10 +521,9 @@ ANSWER_TOKENS = 64  # the longest answer
 SHORT = 4  # words, up to which an answer must be right to the letter
 
 
-def single_questions(samples: Dataset) -> list[Sample]:
-    """Each turn as a question, with the true turns before it and its right answers as
-    `references`. Long answers to your own questions are of the kind "text"."""
-    questions = []
+def single_questions(samples: Dataset):
+    """Each turn as a question, one `Sample` after the other, with the true turns before it and its
+    right answers as `references`. Long answers to your own questions are of the kind "text"."""
     for n in range(len(samples)):
         sample = samples[n]
         for i, (question, truth) in enumerate(sample.turns):
@@ -528,8 +532,7 @@ def single_questions(samples: Dataset) -> list[Sample]:
             truths = tuple(text.strip() for text in sample.references or (truth,))
             is_long = sample.kind == "answer" and len(truths[0].split()) > SHORT
             kind = "text" if is_long else sample.kind
-            questions.append(Sample(images, turns, kind, sample.name, truths))
-    return questions
+            yield Sample(images, turns, kind, sample.name, truths)
 
 
 def bleu4(answers: list[str], references: list[tuple[str, ...]]) -> float:
@@ -584,17 +587,19 @@ def score(questions: list[Sample], answers: list[str]) -> dict[str, float]:
 
 
 def examine(model: MLLM, samples: Dataset, collate: Collate, config: Config):
-    """The questions, and {"right", "blind", "floor": answers}: the model's, those that it gives
-    when shown somebody else's picture, and the most frequent answer to each kind of question."""
-    questions, counts = single_questions(samples), defaultdict(Counter)
-    for question in questions:
-        counts[question.kind].update(question.references)
-    floor = [counts[question.kind].most_common(1)[0][0] for question in questions]
-    given = {"right": [], "blind": [], "floor": floor}
-    for start in range(0, len(questions), 100):
-        some = questions[start:start + 100]
+    """The questions, with the pictures of the first hundred alone, and {"right", "blind", "floor":
+    answers}: the model's, those that it gives when shown somebody else's picture, and the most
+    frequent answer to each kind of question."""
+    asked, counts, questions = single_questions(samples), defaultdict(Counter), []
+    given = {"right": [], "blind": []}
+    while some := [question for _, question in zip(range(100), asked)]:
         given["right"] += answer(model, some, collate, config)
         given["blind"] += answer(model, some, collate, config, blind=True)
+        # Photographs are large: those of all questions would not fit in memory.
+        questions += [replace(question, images=[]) for question in some] if questions else some
+    for question in questions:
+        counts[question.kind].update(question.references)
+    given["floor"] = [counts[question.kind].most_common(1)[0][0] for question in questions]
     return questions, given
 
 
@@ -640,7 +645,7 @@ def evaluate(model: MLLM, task: Task, collate: Collate, config: Config, out: Pat
 FLAGS = {  # those that set a field of `Config`; --set changes all others
     "recipe": "what is trainable when: " + ", ".join(RECIPES),
     "connector": "between ViT and projector, instead of the recipe's: " + ", ".join(CONNECTORS),
-    "data": "your own data: LLaVA JSON or JSONL, or a folder of captions; default: built-in scenes",
+    "data": "your own: LLaVA JSON or JSONL, or a folder of classes or captions; default: scenes",
     "val": "the same, to be measured on; default: every 20th picture of --data",
     "images": "folder of their pictures; default: images/ or image/ beside the file",
     "vit": "folder of a published CLIP or BLIP-2 to take the ViT from",
@@ -751,7 +756,7 @@ def run_stage(stage: str, task: Task, tokenizer: Tokenizer, config: Config, out:
     if rank_and_world()[0] == 0:
         model.save(out / f"{stage}.pt", run=asdict(config), trained=sorted({*trained, *shares}),
                    losses=losses, seconds=seconds)
-    sum_of_all(torch.zeros((), device=device))  # the next stage starts from this file
+    wait_for_all()  # the next stage starts from this file
 
 
 def collate_for(model: MLLM, tokenizer: Tokenizer, config: Config) -> Collate:
@@ -767,7 +772,7 @@ def rehearse(stages: list[str], task: Task, tokenizer: Tokenizer, config: Config
             model = MLLM(model_config(config, stage, tokenizer))
         model.train_only(shares_of(config, stage))
         make_optimizers(model, config, stage)
-        collate_for(model, tokenizer, config)
+        model.config.n_rows(config.vit["image_size"])
 
 
 def finish(stages: list[str], task: Task, tokenizer: Tokenizer, config: Config, out: Path,
@@ -805,7 +810,7 @@ def main() -> None:
     if stages[0] == needed[0] and not state and is_first:
         make_tokenizer(config, task).save(out / "tokenizer.json")
         (out / "resume.pt").unlink(missing_ok=True)  # of an earlier run
-    sum_of_all(torch.zeros((), device=device))
+    wait_for_all()
     tokenizer = Tokenizer.load(out / "tokenizer.json")
     to_train = [stage for stage in stages if stage != "evaluate"]
     rehearse(to_train, task, tokenizer, config)

@@ -29,9 +29,7 @@ class Classifier(train.StageLoss):
     """Cross-entropy over classes, each known by the ids of its text. batch: as for `StageLoss`."""
     texts: Tensor
 
-    def forward(self, batch: dict[str, Tensor], step: int = 0) -> Tensor:
-        if self.config.augment:
-            batch = batch | {"images": train.augment(batch["images"])}
+    def vision_loss(self, batch: dict[str, Tensor], step: int) -> Tensor:
         features = self.model.ln_vision(self.model.vit(batch["images"]))  # (B, P, Dv)
         T = batch["text"].shape[1]
         label = (batch["text"][:, None] == self.texts[:, :T]).all(dim=-1).int().argmax(dim=1)

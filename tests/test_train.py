@@ -309,7 +309,7 @@ def test_six_samples_are_learned_by_heart():
         optimizer.zero_grad()
         train.StageLoss(model, "instruct", config)(batch).backward()
         optimizer.step()
-    answers = train.answer(model, train.single_questions(samples), collate, config)
+    answers = train.answer(model, list(train.single_questions(samples)), collate, config)
     assert answers == [sample.turns[0][1] for sample in samples]
 
 
