@@ -529,18 +529,11 @@ def encode_turns(tokenizer: Tokenizer, turns: list[tuple[str, str | None]], n_ro
     return ids[:max_len], labels[:max_len]
 
 
-HALF = (0.5, 0.5, 0.5)
-
-
-def to_pixels(image: Image.Image, size: tuple[int, int], mean: tuple[float, ...] = HALF,
-              std: tuple[float, ...] = HALF) -> Tensor:
-    """A picture, squashed to size (height, width) -> (3, height, width) float32: (value - mean) /
-    std of values in [0, 1], by default in [-1, 1]."""
+def to_pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """An RGB picture, squashed to size (height, width) -> (3, height, width) uint8."""
     if image.size != size[::-1]:
         image = image.resize(size[::-1], Image.Resampling.BICUBIC)
-    pixels = np.asarray(image, dtype=np.float32) / 255  # (height, width, 3)
-    pixels = (pixels - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32)
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -550,14 +543,14 @@ class Collate:
     n_rows: int
     image_size: tuple[int, int]
     max_len: int
-    mean: tuple[float, ...] = HALF
-    std: tuple[float, ...] = HALF
 
     def images(self, samples: list[Sample]) -> Tensor:
-        """All images of all samples, in order: (N, 3, height, width)."""
-        images = [image for sample in samples for image in sample.images]
-        pixels = [to_pixels(image, self.image_size, self.mean, self.std) for image in images]
-        return torch.stack(pixels) if pixels else torch.zeros(0, 3, *self.image_size)
+        """All images of all samples, in order: (N, 3, height, width) uint8, a quarter of the bytes
+        that they have once the model has normalised them."""
+        pixels = [to_pixels(image, self.image_size) for sample in samples
+                  for image in sample.images]
+        empty = torch.zeros(0, 3, *self.image_size, dtype=torch.uint8)
+        return torch.stack(pixels) if pixels else empty
 
     def conversations(self, samples: list[Sample]) -> dict[str, Tensor]:
         """{"input_ids" (B, T), "images" (N, 3, height, width), "labels" (B, T)}, for an `MLLM`."""

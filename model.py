@@ -462,10 +462,23 @@ class MLLM(nn.Module):
                     if parameter is not None and not parameter.requires_grad:
                         parameter.data = parameter.data.to(dtype)
 
+    def normalize(self, images: Tensor) -> Tensor:
+        """Pixels (N, 3, height, width) uint8 as the ViT wants them, float32; floats stay as they
+        are."""
+        if images.is_floating_point():
+            return images
+        channels = []
+        for i, (mean, std) in enumerate(zip(self.config.pixel_mean, self.config.pixel_std)):
+            channels.append((images[:, i] / 255 - mean) / std)
+        return torch.stack(channels, dim=1)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Pixels (N, 3, height, width), uint8 or normalised -> (N, P, Dv)."""
+        return self.ln_vision(self.vit(self.normalize(images)))
+
     def encode_images(self, images: Tensor) -> Tensor:
-        """images (N, 3, height, width), pixels as the config says -> decoder rows (N, Q, D)."""
-        image_features = self.ln_vision(self.vit(images))  # (N, P, Dv)
-        return self.projector(self.qformer(image_features))  # (N, Q, D)
+        """Pixels (N, 3, height, width), uint8 or normalised -> decoder rows (N, Q, D)."""
+        return self.projector(self.qformer(self.image_features(images)))
 
     def adapted(self, is_image: Tensor, has_images: bool) -> Tensor | None:
         """The rows (B, T) that adapters change: with Partial LoRA those of images, with LoRA all.

@@ -24,12 +24,12 @@ def stream(model: MLLM, tokenizer: Tokenizer, asked: Sample, max_new_tokens: int
            **sampling) -> Iterator[str]:
     """The answer to the last turn of what is asked, piece by piece as text. Raises ValueError when
     the conversation and its answer would not fit in the model."""
-    c, device = model.config, model.decoder.norm.weight.device
-    size, answer, shown = c.vit["image_size"], [], ""
-    ids, _ = encode_turns(tokenizer, asked.turns, c.n_rows(size), max_len=10**9)
-    pixels = [to_pixels(image, size, c.pixel_mean, c.pixel_std) for image in asked.images]
-    for token in model.generate([torch.tensor(ids)], torch.stack(pixels).to(device), max_new_tokens,
-                                tokenizer.end, **sampling):
+    size, answer, shown = model.config.vit["image_size"], [], ""
+    ids, _ = encode_turns(tokenizer, asked.turns, model.config.n_rows(size), max_len=10**9)
+    images = torch.stack([to_pixels(image, size) for image in asked.images])
+    images = images.to(model.decoder.norm.weight.device)
+    for token in model.generate([torch.tensor(ids)], images, max_new_tokens, tokenizer.end,
+                                **sampling):
         if token.item() == tokenizer.end:
             return
         answer.append(token.item())

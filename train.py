@@ -392,7 +392,7 @@ class StageLoss(nn.Module):
         """A batch of `Collate` -> nats per token (of ITC and ITM: per pair)."""
         # Own pictures alone: in scenes "left" would become a lie.
         if self.config.augment and self.config.data and len(batch["images"]):
-            batch = batch | {"images": augment(batch["images"])}
+            batch = batch | {"images": augment(self.model.normalize(batch["images"]))}
         if self.stage == "vision":
             return self.vision_loss(batch, step)
         images = None if self.stage == "language" else batch["images"]
@@ -400,7 +400,7 @@ class StageLoss(nn.Module):
 
     def vision_loss(self, batch: dict[str, Tensor], step: int) -> Tensor:
         c, qformer, text = self.config, self.model.qformer, batch["text"]
-        image_features = self.model.ln_vision(self.model.vit(batch["images"]))  # (B, P, Dv)
+        image_features = self.model.image_features(batch["images"])  # (B, P, Dv)
         loss, queries = qformer.itg_loss(image_features, batch["to_generate"], batch["targets"])
         if step % c.contrast_every or not (c.itc_weight or c.itm_weight):
             return loss
@@ -760,8 +760,8 @@ def run_stage(stage: str, task: Task, tokenizer: Tokenizer, config: Config, out:
 
 
 def collate_for(model: MLLM, tokenizer: Tokenizer, config: Config) -> Collate:
-    c, size = model.config, config.vit["image_size"]
-    return Collate(tokenizer, c.n_rows(size), size, config.max_len, c.pixel_mean, c.pixel_std)
+    size = config.vit["image_size"]
+    return Collate(tokenizer, model.config.n_rows(size), size, config.max_len)
 
 
 def rehearse(stages: list[str], task: Task, tokenizer: Tokenizer, config: Config) -> None:

@@ -149,7 +149,7 @@ def sight(folder: Path, config: train.Config, n: int = 500, among: int = 100) ->
     scenes, sums = Scenes(train.Task(config).spec, "vision", n, "test"), torch.zeros(3)
     for start in range(0, n, among):
         batch = collate.pairs([scenes[i] for i in range(start, start + among)])
-        features, text = model.ln_vision(model.vit(batch["images"])), batch["text"]
+        features, text = model.image_features(batch["images"]), batch["text"]
         itg, queries = model.qformer.itg_loss(features, batch["to_generate"], batch["targets"])
         found = model.qformer.similarity(queries, text).argmax(dim=1)
         own = (text[found] == text).all(dim=1).float().mean()  # some scenes share their text

@@ -30,7 +30,7 @@ class Classifier(train.StageLoss):
     texts: Tensor
 
     def vision_loss(self, batch: dict[str, Tensor], step: int) -> Tensor:
-        features = self.model.ln_vision(self.model.vit(batch["images"]))  # (B, P, Dv)
+        features = self.model.image_features(batch["images"])  # (B, P, Dv)
         T = batch["text"].shape[1]
         label = (batch["text"][:, None] == self.texts[:, :T]).all(dim=-1).int().argmax(dim=1)
         logits = self.model.qformer(features.mean(dim=1))
@@ -40,7 +40,7 @@ class Classifier(train.StageLoss):
 @torch.no_grad()
 def class_scores(model: MLLM, images: Tensor, classes: dict[str, Tensor]) -> Tensor:
     """The log-likelihood of each class's text, (B, classes), or a classifier's logits."""
-    features = model.ln_vision(model.vit(images))
+    features = model.image_features(images)
     if isinstance(model.qformer, nn.Linear):
         return model.qformer(features.mean(dim=1)).float()
     scores = []

@@ -384,7 +384,7 @@ def test_a_batch_pads_on_the_right_and_keeps_the_images_in_order():
         ids, labels = encode_turns(BYTES, sample.turns, 2, 99)
         padding = 29 - len(ids)
         assert rows == [ids + [0] * padding, labels + [IGNORED] * padding]
-    assert batch["images"][:, :, 0, 0].tolist() == [[1, -1, -1], [-1, -1, 1], [-1, -1, 1]]
+    assert batch["images"][:, :, 0, 0].tolist() == [[255, 0, 0], [0, 0, 255], [0, 0, 255]]
     assert COLLATE.conversations(samples[1:2])["images"].shape == (0, 3, 2, 4)
 
 
@@ -397,23 +397,18 @@ def test_pairs_hold_the_first_image_and_all_that_is_said_about_it():
     assert batch["to_generate"].tolist() == [[3, *row] for row in rest]  # <dec>
     asked = [0, 0, *byte_ids(" a"), 0, 0, *byte_ids(" c"), 4]  # questions are not generated
     assert batch["targets"].tolist() == [[0, *rest[0]], [0, *asked]]
-    assert batch["images"][:, :, 0, 0].tolist() == [[1, -1, -1], [-1, -1, 1]]
+    assert batch["images"][:, :, 0, 0].tolist() == [[255, 0, 0], [0, 0, 255]]
     short = Collate(BYTES, 2, (2, 4), max_len=5).pairs(samples[1:])["text"]
     assert short.tolist() == [[2, *byte_ids(" q "), 4]]  # the end is never cut off
 
 
-def test_pixels_go_from_minus_one_to_one_in_rows_and_columns():
+def test_pixels_are_bytes_by_channel_row_and_column():
     image = Image.new("RGB", (3, 2))  # 3 wide, 2 high
     image.putpixel((2, 0), (255, 51, 204))
     pixels = to_pixels(image, (2, 3))
-    assert pixels.dtype == torch.float32 and pixels.shape == (3, 2, 3)
-    assert pixels[:, 0, 2].tolist() == pytest.approx([1, -0.6, 0.6])
-    assert (pixels[:, 1] == -1).all() and (pixels[:, 0, :2] == -1).all()
-
-
-def test_pixels_are_squashed_to_the_size_and_normalised_with_mean_and_deviation():
-    pixels = to_pixels(RED, (6, 8), mean=(0.5, 0.25, 0.4), std=(0.25, 0.25, 0.2))
-    assert torch.allclose(pixels, torch.tensor([2.0, -1, -2])[:, None, None].expand(3, 6, 8))
+    assert pixels.dtype == torch.uint8 and pixels.shape == (3, 2, 3)
+    assert pixels[:, 0, 2].tolist() == [255, 51, 204]
+    assert (pixels[:, 1] == 0).all() and (pixels[:, 0, :2] == 0).all()
 
 
 @pytest.mark.parametrize("mode", ["P", "L", "1", "RGBA"])

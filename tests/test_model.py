@@ -234,6 +234,15 @@ def test_image_rows_take_the_place_of_their_placeholders_in_order():
     assert torch.equal(x[~is_image], model.decoder.token_embedding.weight[ids[~is_image]])
 
 
+def test_bytes_are_normalised_with_mean_and_deviation_of_their_channel():
+    model = make_model(pixel_mean=(0.5, 0.25, 0.4), pixel_std=(0.25, 0.25, 0.2))
+    pixels = torch.tensor([255, 0, 51], dtype=torch.uint8)[None, :, None, None].expand(2, 3, 1, 4)
+    normalized = model.normalize(pixels)
+    expected = torch.tensor([2.0, -1.0, -1.0])[:, None, None].expand(2, 3, 1, 4)
+    torch.testing.assert_close(normalized, expected)
+    assert torch.equal(model.normalize(normalized), normalized)
+
+
 def test_each_text_of_a_padded_batch_gives_the_logits_that_it_gives_alone():
     model, images = make_model(), make_images(3)
     texts = [torch.tensor(text) for text in ([5, *PICTURE, 6, *PICTURE], [7, 8], [*PICTURE, 9])]
