@@ -8,7 +8,7 @@
 downloaded. `Conversations` are your own. A reader may stop at the last section, which makes
 published weights fit our model.
 
-    python data.py        draws scenes.png and prints one sample, token by token
+    python data.py        draws scenes.png and prints two turns of a sample, token by token
 
 B texts, N images, T tokens, Q rows for each image.
 """
@@ -122,7 +122,7 @@ def random_things(spec: SceneSpec, rng: random.Random, held_out: bool = False) -
 
 def draw(things: list[Thing], size: int, rng: random.Random) -> Image.Image:
     """An RGB picture of size x size pixels: jittered things on a shaded ground."""
-    scale = 4  # drawn larger, then shrunk: smooth edges
+    scale = 2  # drawn larger, then shrunk: smooth edges
     light, slope = rng.randint(175, 255), rng.randint(-40, 40)
     ground = np.array([light + rng.randint(-15, 15) for _ in range(3)], dtype=np.float32)
     ramp = np.linspace(-slope, slope, size, dtype=np.float32)
@@ -979,14 +979,13 @@ def published_gpt(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
 def main() -> None:
     spec = SceneSpec()
     scenes = Scenes(spec, "instruct", 12)
-    pictures, texts = [], []
-    for i in range(12):
-        pictures += scenes[i].images
-        texts.append(describe(scenes.things(i)[0]))
+    pictures = [sample.images[0] for sample in scenes]
+    texts = [describe(scenes.things(i)[0]) for i in range(12)]
     contact_sheet(pictures, texts).save("scenes.png")
     tokenizer = Tokenizer.train(corpus(Scenes(spec, "language", 500)), 1024)
-    ids, labels = encode_turns(tokenizer, scenes[0].turns, n_rows=4, max_len=512)
-    print("scenes.png written. Its first picture as a training sample, with 4 image rows:")
+    sample = next(sample for sample in scenes if len(sample.turns) > 1)
+    ids, labels = encode_turns(tokenizer, sample.turns[:2], n_rows=4, max_len=512)
+    print(f"scenes.png written. Two turns about {sample.name}, with 4 rows for its picture:")
     for position, (token, label) in enumerate(zip(ids, labels)):
         use = "context" if label == IGNORED else "trained"
         use = "image" if token == tokenizer.image else use

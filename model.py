@@ -22,6 +22,7 @@ B texts, N images, T tokens, P patches, Q queries or other rows of an image, H h
 Hkv key/value heads, Dh head width, D decoder width, Dv vision width, Dq Q-Former width,
 V vocabulary, L longest cached sequence.
 """
+import math
 import os
 import pickle
 import re
@@ -238,15 +239,6 @@ class GPTAttention(nn.Module):
         self.wo = PLoRALinear(dim, dim, **lora)
 
     @torch.no_grad()
-    def match_alike(self) -> None:
-        """Start each key projection as a copy of a query projection that it answers: a token then
-        attends to tokens like itself (the idea of mimetic initialisation, arXiv 2305.09828)."""
-        n_query_rows = self.n_heads * self.head_dim
-        queries = self.wqkv.weight[:n_query_rows].unflatten(0, (self.n_kv_heads, -1, self.head_dim))
-        keys = self.wqkv.weight[n_query_rows:].unflatten(0, (2, -1))[0]  # (Hkv Dh, D)
-        keys.copy_(queries[:, 0].flatten(0, 1))
-
-    @torch.no_grad()
     def look_back(self, rope_theta: float) -> None:
         """Start with head h attending to the token h + 1 places back, by query and key biases
         alone: turned by RoPE, they score the sum over pairs of amplitude^2 cos(theta_i (distance -
@@ -332,13 +324,11 @@ class GPT(nn.Module):
         """Embeddings N(0, 1), so that blocks add to them rather than drown them; matrices N(0, 1 /
         fan-in), but 0 where the feed-forward networks write to the residual stream.
 
-        To answer from what was said before, a decoder must look back and must match. Small ones
-        find that late, so they start with it (the first block looks back, if it has biases).
+        To answer from what was said before, a decoder must look back. Small ones find that late, so
+        the first block starts with it, if it has biases.
         """
         init_linears(self, zero="w2")
         nn.init.normal_(self.lm_head.weight, std=0.02)
-        for block in self.blocks:
-            block.attention.match_alike()
         if self.blocks[0].attention.wqkv.bias is not None:
             self.blocks[0].attention.look_back(self.rope_theta)
 
@@ -494,11 +484,13 @@ class MLLM(nn.Module):
         order, or None for text alone -> (B, T, D) and the (B, T) of `adapted`. Raises ValueError
         when the placeholders do not fit the images.
         """
+        # Counted where the ids are: while they are on the CPU, it need not wait for a GPU.
+        n_found = int((input_ids == self.config.image_id).sum())
+        input_ids = input_ids.to(self.decoder.norm.weight.device, non_blocking=True)
         is_image = input_ids == self.config.image_id  # (B, T)
         # Ids of placeholders and padding may lie beyond a published vocabulary; any row will do.
         known = self.decoder.token_embedding.num_embeddings - 1
         x = self.decoder.token_embedding(input_ids.clamp(max=known))  # (B, T, D)
-        n_found = int(is_image.sum())
         if images is None and not n_found:
             return x, self.adapted(is_image, has_images=False)
         rows = x[:0] if images is None else self.encode_images(images)  # (N, Q, D)
@@ -515,6 +507,7 @@ class MLLM(nn.Module):
     def forward(self, input_ids: Tensor, images: Tensor | None, labels: Tensor | None = None):
         """input_ids (B, T) right-padded, images (N, 3, height, width), labels (B, T) or None.
 
+        Ids and labels may stay on the CPU, where counting makes nothing wait for a GPU.
         images None: text alone. An empty tensor of images instead keeps the adapters in the graph,
         with gradients of zero. labels hold the id at each position, -100 where it is not trained.
         Returns logits (B, T, V) and None; with labels the logits (N, V) of the trained positions
@@ -526,8 +519,10 @@ class MLLM(nn.Module):
             return self.decoder(x, is_adapted), None  # (B, T, V)
         targets = labels[:, 1:]  # (B, T - 1)
         trained = (targets != -100).nonzero(as_tuple=True)  # two of (N,)
-        logits = self.decoder(x, is_adapted, at=trained)  # (N, V)
-        return logits, F.cross_entropy(logits.float(), targets[trained])
+        rows, columns, targets = (part.to(x.device, non_blocking=True)
+                                  for part in (*trained, targets[trained]))
+        logits = self.decoder(x, is_adapted, at=(rows, columns))  # (N, V)
+        return logits, F.cross_entropy(logits.float(), targets)
 
     @torch.no_grad()
     def generate(self, prompts: list[Tensor], images: Tensor | None, max_new_tokens: int,
@@ -535,17 +530,17 @@ class MLLM(nn.Module):
         """Answer B prompts at once, yielding the next token of each, (B,) ids, when it is known.
 
         prompts: B tensors of ids, of any lengths; images (N, 3, height, width) for all of them, or
-        None. A row that has yielded stop_id goes on with it until all have. sampling: see
-        `pick_token`. Call it in eval mode. Raises ValueError when max_len is too short.
+        None. A row that has yielded stop_id goes on with it until all have, and up to seven tokens
+        more. sampling: see `pick_token`. Call it in eval mode. Raises ValueError when max_len is too short.
         """
         c, device = self.config, self.decoder.norm.weight.device
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        T = int(lengths.max())
+        lengths = [len(prompt) for prompt in prompts]
+        T, lengths = max(lengths), torch.tensor(lengths, device=device)
         if T + max_new_tokens > c.max_len:
             raise ValueError(f"a prompt of {T} tokens and an answer of up to {max_new_tokens} do "
                              f"not fit in max_len {c.max_len}")
         input_ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=c.pad_id)
-        x, is_adapted = self.embed(input_ids.to(device), images)
+        x, is_adapted = self.embed(input_ids, images)
         cache = self.decoder.new_cache(len(prompts), T + max_new_tokens)
         last = torch.arange(len(prompts), device=device), lengths - 1
         used = [slots[:, :, :T] for slots in cache]  # attention to empty slots would cost time
@@ -555,7 +550,8 @@ class MLLM(nn.Module):
             tokens = torch.where(is_stopped, stop_id, pick_token(logits, **sampling))  # (B,)
             yield tokens
             is_stopped |= tokens == stop_id
-            if is_stopped.all() or step + 1 == max_new_tokens:
+            # To look whether all have stopped makes the CPU wait for a GPU: every eighth time only.
+            if step + 1 == max_new_tokens or step % 8 == 7 and is_stopped.all():
                 return
             # A padded prompt left its padding in the slots from its length on; each new token
             # overwrites the slot of its own position before anything attends to it.
@@ -593,3 +589,37 @@ def load_file(path: str | Path, needed: Collection[str] = (), device: str = "cpu
     if missing := set(needed) - set(content):
         raise ValueError(f"{path}: not a checkpoint of this program, which has {missing}")
     return content
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    model = MLLM(ModelConfig(
+        vit=dict(image_size=48, patch_size=8, dim=128, n_layers=4, n_heads=4),
+        qformer=dict(dim=128, n_layers=2, n_heads=4, n_queries=16, encoder_width=128),
+        projector=dict(in_dim=128, out_dim=192),
+        decoder=dict(vocab_size=1024, dim=192, n_layers=3, n_heads=6, r=32)))
+    images, ids = torch.zeros(1, 3, 48, 48), torch.tensor([[5, 6, *[1] * 16, 7, 8]])
+    x = images
+    print(f"pixels {tuple(x.shape)}")
+    for name in ("vit", "ln_vision", "qformer", "projector"):
+        x = getattr(model, name)(x)
+        print(f"{name:10} -> {tuple(x.shape)}")
+    x, is_image = model.embed(ids, images)
+    print(f"among {ids.shape[1]} ids -> {tuple(x.shape)}, of which {int(is_image.sum())} of the image")
+    labels = torch.where(ids == 8, ids, -100)  # the last token is the answer
+    logits, loss = model(ids, images, labels)
+    print(f"logits {tuple(logits.shape)} of the trained position, loss {loss:.2f}; ln V is "
+          f"{math.log(1024):.2f}\n\nThe sizes of the papers, counted without memory:")
+    with torch.device("meta"):
+        for name, part in {
+                "EVA-CLIP ViT-g/14 (1.0 billion)": ViT(224, 14, 1408, 39, 16, mlp_ratio=4.3637),
+                "BLIP-2's Q-Former (188 million)": QFormer(768, 12, 12, 32, 1408, vocab_size=30523),
+                "Vicuna-7B (6.7 billion)": GPT(32000, 4096, 32, 32, ffn_dim=11008)}.items():
+            sizes = {key: value.numel() for key, value in part.named_parameters()}
+            adapters = sum(size for key, size in sizes.items() if "lora_" in key)
+            print(f"{name:32} {sum(sizes.values()) - adapters:13,}, adapters of r = 256: "
+                  f"{adapters:,}")
+
+
+if __name__ == "__main__":
+    main()
