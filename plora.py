@@ -10,6 +10,8 @@ language model learns to take in pictures, while every text token is computed ex
 
 Left out on purpose: merging the delta into W (it depends on the token, so it cannot be merged).
 
+    python plora.py        four rows, two of them of an image: what changes, what has a gradient
+
 B batch, T tokens, r rank.
 """
 import math
@@ -50,7 +52,12 @@ class PLoRALinear(nn.Linear):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A random, B zero: the delta starts at zero, yet B has a gradient from the first step."""
+        """A random, B zero: no delta at first, as it would be the other way round.
+
+        Only the factor that is zero has a gradient in the first step. That is B, which can write
+        in any direction what A reads of x. Were A zero, it would learn first, and the delta could
+        write into the r random directions of B alone.
+        """
         super().reset_parameters()
         if hasattr(self, "lora_A"):  # nn.Linear calls this before they exist
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -75,3 +82,21 @@ class PLoRALinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, alpha={self.alpha}, dropout={self.dropout}"
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    layer = PLoRALinear(6, 5, r=2, alpha=2)
+    nn.init.normal_(layer.lora_B)  # as if it had been trained
+    x, is_image = torch.randn(4, 6), torch.tensor([True, True, False, False])
+    y, change = layer(x, is_image), (layer(x, is_image) - layer(x)).abs().amax(dim=1)
+    print("row    adapter changes y by   a loss on this row: largest gradient of W, A, B")
+    for i in range(4):
+        weights = layer.weight, layer.lora_A, layer.lora_B
+        grads = torch.autograd.grad(y[i].sum(), weights, retain_graph=True)
+        sizes = " ".join(f"{grad.abs().max():8.3f}" for grad in grads)
+        print(f"{'image' if is_image[i] else 'text':6} {change[i]:20.3f}  {sizes}")
+
+
+if __name__ == "__main__":
+    main()

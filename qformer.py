@@ -21,12 +21,27 @@ text meet in self-attention only, so one small mask decides what the model can b
     . . 1 1 1              1 1 1 1 1              1 1 1 1 .
     . . 1 1 1              1 1 1 1 1              1 1 1 1 1
 
-(`similarity` runs each side alone, which equals "separate".)
+(`similarity` runs each side alone, which equals "separate".) Under "causal" queries must not attend
+to text: they could hand a token on to the rows that are to predict it.
+
+In a block self-attention comes first, so text reads the queries as they come out of the block
+before. With the three blocks of train.py's default:
+
+    block 0   queries read the image                   text reads the queries before they have
+    block 1   (no cross-attention)                     text reads what block 0 has made of them
+    block 2   queries read the image again             text reads what block 1 has made of them
+    losses    ITC and ITM of block 2's query rows      ITG of block 2's text rows
+
+ITG, which teaches the details, shapes the query rows up to block 1. The last block's are shaped by
+ITC and ITM alone, so train.py leaves that block out when the losses have done their work: the
+decoder gets the rows of block 1, which have read the image **once**.
 
 The text half is needed for these losses alone. `vocab_size=0` builds what MiniGPT-4 uses, the
 queries and the layers that they pass through; a trained Q-Former fits it with `strict=False`.
 
 Left out on purpose: momentum queues, ITC negatives from other devices, BERT's segment embeddings.
+
+    python qformer.py        the three masks, and who reads what in each block
 
 B batch, P patches, Q queries, T text tokens, S = Q + T, H heads, Dv vision width, Dq width.
 """
@@ -35,10 +50,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def attention_mask(kind: str, n_queries: int, n_text: int) -> Tensor:
+def attention_mask(kind: str, n_queries: int, n_text: int, device=None) -> Tensor:
     """The (S, S) bool matrix of the picture above, True where a row attends to a column. kind:
     "separate", "joint" or "causal". Source: arXiv 2301.12597, figure 2."""
-    mask = torch.zeros(n_queries + n_text, n_queries + n_text, dtype=torch.bool)
+    n = n_queries + n_text
+    mask = torch.zeros(n, n, dtype=torch.bool, device=device)
     mask[:n_queries, :n_queries] = True  # queries attend to queries
     if kind == "separate":
         mask[n_queries:, n_queries:] = True  # text attends to text
@@ -46,7 +62,7 @@ def attention_mask(kind: str, n_queries: int, n_text: int) -> Tensor:
         mask[:] = True
     elif kind == "causal":
         mask[n_queries:, :n_queries] = True  # text attends to every query
-        mask[n_queries:, n_queries:] = torch.ones(n_text, n_text).tril().bool()
+        mask[n_queries:, n_queries:].fill_(True).tril_()  # text attends to the text before it
     else:
         raise ValueError(f"unknown mask {kind!r}: use 'separate', 'joint' or 'causal'")
     return mask
@@ -101,8 +117,9 @@ def feed_forward(dim: int, ffn_dim: int) -> nn.Sequential:
 
 class QFormerBlock(nn.Module):
     """Self-attention for all, cross-attention for queries (if there is an encoder_width), then a
-    FFN for queries and one for text (if has_text). Post-LN: sublayers end in `norm(x +
-    dropout(sublayer(x)))`."""
+    FFN for queries and one for text (if has_text): rows of both kinds must fit one attention to
+    read each other, but what is to be done with each row alone differs. Post-LN: sublayers end in
+    `norm(x + dropout(sublayer(x)))`."""
 
     def __init__(self, dim: int, n_heads: int, ffn_dim: int, dropout: float,
                  encoder_width: int | None, has_text: bool, norm_eps: float = 1e-5):
@@ -198,7 +215,7 @@ class QFormer(nn.Module):
         if text is not None:
             rows.append(self.embed_text(text))  # (B, T, Dq)
             is_token = F.pad(text != self.pad_id, (n_queries, 0), value=True)  # (B, S)
-            mask = attention_mask(kind, n_queries, text.shape[1]).to(text.device)  # (S, S)
+            mask = attention_mask(kind, n_queries, text.shape[1], text.device)  # (S, S)
             mask = (mask & is_token[:, None])[:, None]  # (B, 1, S, S)
         x = self.dropout(self.embedding_norm(torch.cat(rows, dim=1)))  # (B, S, Dq)
         for block in self.blocks:
@@ -268,3 +285,22 @@ class QFormer(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets[:, 1:].flatten(),
                                ignore_index=self.pad_id)
         return loss, x[:, :self.n_queries]
+
+
+def main() -> None:
+    for kind in ("separate", "joint", "causal"):
+        print(f"{kind}:")
+        for i, row in enumerate(attention_mask(kind, n_queries=2, n_text=3).int().tolist()):
+            print("   ", "query" if i < 2 else "text ", *row)
+    qformer = QFormer(128, n_layers=3, n_heads=4, n_queries=16, encoder_width=128, vocab_size=1024)
+    for i, block in enumerate(qformer.blocks):
+        reads = "read the image" if block.cross_attention is not None else "do not read the image"
+        size = sum(parameter.numel() for parameter in block.parameters())
+        print(f"block {i}: {size:,} parameters; queries {reads}; text reads the queries "
+              f"{f'of block {i - 1}' if i else 'before they have read'}")
+    rows = qformer(torch.randn(2, 37, 128))
+    print(f"image features (2, 37, 128) -> rows {tuple(rows.shape)}")
+
+
+if __name__ == "__main__":
+    main()

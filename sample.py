@@ -3,6 +3,7 @@
     python sample.py                                     draws a scene, saves it, asks about it
     python sample.py --image FILE --prompt TEXT          asks about your picture, or several
     python sample.py --image FILE --chat                 a conversation about it; Ctrl-D ends it
+    python sample.py --image FILE --attention            draws what each query of the Q-Former reads
 
 Reads the weights and the tokenizer that train.py left in `out/`; the checkpoint holds all settings.
 """
@@ -14,9 +15,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 
-from data import DESCRIBE, Sample, SceneSpec, Tokenizer, draw, encode_turns, random_things
-from data import read_image, to_pixels
+from data import (DESCRIBE, Sample, SceneSpec, Tokenizer, check, contact_sheet, draw, encode_turns,
+                  random_things, read_image, to_pixels)
 from model import MLLM, load_file
 
 
@@ -48,6 +50,44 @@ def fresh_scene(run: dict, seed: int | None, path: Path) -> Image.Image:
     return image
 
 
+@torch.no_grad()
+def attention_maps(model: MLLM, images: Tensor) -> Tensor:
+    """How much each query attends to each patch in each cross-attention, the mean over heads:
+    pixels (N, 3, height, width) -> (N, cross-attentions, Q, P [+ 1]), the class token first."""
+    maps = []
+
+    def keep(attention, inputs, _) -> None:
+        queries, features = inputs
+        q, k = (rows.unflatten(-1, (attention.n_heads, -1)).transpose(1, 2)
+                for rows in (attention.q_proj(queries), attention.k_proj(features)))
+        scores = q @ k.mT / q.shape[-1] ** 0.5  # (N, H, Q, P)
+        maps.append(scores.softmax(dim=-1).mean(dim=1))
+
+    blocks = [block for block in model.qformer.blocks if block.cross_attention is not None]
+    hooks = [block.cross_attention.register_forward_hook(keep) for block in blocks]
+    model.encode_images(images)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(maps, dim=1)
+
+
+def draw_attention(model: MLLM, image: Image.Image, path: Path) -> None:
+    """The picture, then for each cross-attention and query the patches that it reads: the less, the
+    darker."""
+    height, width = model.config.vit["image_size"]
+    pixels = to_pixels(image, (height, width))[None].to(model.decoder.norm.weight.device)
+    pictures, texts = [image.resize((width, height))], ["the picture"]
+    for i, of_queries in enumerate(attention_maps(model, pixels)[0].cpu()):
+        for query, weights in enumerate(of_queries):
+            patches = weights[-model.vit.grid[0] * model.vit.grid[1]:].view(model.vit.grid)
+            light = Image.fromarray((255 * patches / patches.max()).byte().numpy())
+            light = light.resize((width, height), Image.Resampling.NEAREST)
+            pictures.append(Image.composite(pictures[0], Image.new("RGB", (width, height)), light))
+            texts.append(f"cross-attention {i}, query {query}")
+    contact_sheet(pictures, texts, columns=6, side=144).save(path)
+    print(f"drew {path}")
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Ask a trained model about a picture.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -56,6 +96,7 @@ def parse_arguments() -> argparse.Namespace:
         help="a picture or several; without one a fresh scene is drawn")
     add("--prompt", default=DESCRIBE[0], help="the question")
     add("--chat", action="store_true", help="ask several questions, one a line, until Ctrl-D")
+    add("--attention", action="store_true", help="draw what each query of the Q-Former reads")
     add("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     add("--top-k", type=int, default=0, help="draw from the k likeliest tokens only; 0: from all")
     add("--max-new-tokens", type=int, default=100, help="longest answer")
@@ -73,6 +114,9 @@ def main() -> None:
     if not asked.images:
         run = load_file(args.out / "instruct.pt")["run"]
         asked.images.append(fresh_scene(run, args.seed, args.out / "scene.png"))
+    if args.attention:
+        check(model.config.connector == "qformer", "this model has no Q-Former")
+        draw_attention(model, asked.images[0], args.out / "attention.png")
     generator = torch.Generator(args.device)
     generator.manual_seed(random.randrange(2**32) if args.seed is None else args.seed)
     for question in iter(lambda: input("you: "), None) if args.chat else [args.prompt]:

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import torch
 
+import model
+import plora
+import qformer
 import sample
 import train
 
@@ -61,3 +64,15 @@ def test_the_code_that_loads_published_weights_runs():
     golden = str(ROOT / "tests" / "golden" / "clip")
     exec(code.replace("openai/clip-vit-base-patch16", golden), names := {})
     assert len(names["vit"].blocks) == 2
+
+
+def test_each_model_file_shows_what_it_is_about(capsys):
+    plora.main()
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert [row.split()[0] for row in rows] == ["image", "image", "text", "text"]
+    is_zero = [[float(size) == 0 for size in row.split()[1:]] for row in rows]  # y, W, A, B
+    assert is_zero == [[False] * 4] * 2 + [[True, False, True, True]] * 2
+    qformer.main()
+    assert capsys.readouterr().out.count("text  1 1 1 1 1") == 4  # three of "joint", one of "causal"
+    model.main()
+    assert "6,738,415,616" in capsys.readouterr().out

@@ -8,6 +8,7 @@ from PIL import Image
 import sample
 from data import Sample, SceneSpec, Tokenizer
 from model import MLLM
+from qformer import attend
 from test_train import config_of, model_of, train
 
 
@@ -74,3 +75,18 @@ def test_what_the_user_can_get_wrong_is_named(run, tmp_path):
         run(out=tmp_path)
     with pytest.raises(ValueError, match="max_len 128"):
         run("--prompt", "word " * 200)
+
+
+def test_attention_is_that_of_the_cross_attention_and_each_query_gets_a_picture(folder, run):
+    model = MLLM.load(folder / "instruct.pt").eval()
+    image = torch.randint(0, 256, (1, 3, *model.config.vit["image_size"]), dtype=torch.uint8)
+    inputs, attention = [], model.qformer.blocks[0].cross_attention
+    attention.register_forward_hook(lambda _, given, output: inputs.extend(given))
+    maps = sample.attention_maps(model, image)  # (1, cross-attentions, Q, P + 1)
+    q, k = (projection(rows).unflatten(-1, (attention.n_heads, -1)).transpose(1, 2) for projection,
+            rows in zip((attention.q_proj, attention.k_proj), inputs))
+    weights = attend(q, k, torch.eye(k.shape[2]).expand(1, attention.n_heads, -1, -1))
+    torch.testing.assert_close(maps[:, 0], weights.mean(dim=1))
+    run("--attention", "--max-new-tokens=2")
+    with Image.open(folder / "attention.png") as sheet:
+        assert len(sheet.getcolors(1 << 24)) > 9

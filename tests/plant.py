@@ -1,0 +1,107 @@
+"""Plants bugs that public versions have, one at a time in a copy, and shows the test that fails.
+
+    python tests/plant.py
+
+Prints a Markdown table. A bug that no longer fits the code, or that its test misses, is an error.
+"""
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BUGS = [  # what is wrong, the line to change, what to make of it, the test that fails
+    ("Partial LoRA's B is never set to zero", "plora.py",
+     "nn.init.zeros_(self.lora_B)", "nn.init.normal_(self.lora_B)",
+     "test_plora.py::test_a_fresh_adapter_changes_nothing_and_yet_gets_a_gradient"),
+    ("A weight stays uninitialised memory", "plora.py",
+     "        super().reset_parameters()\n", "",
+     "test_model.py::test_a_fresh_model_leaves_no_parameter_uninitialised"),
+    ("Boolean indexing waits for the device and breaks graph capture", "plora.py",
+     "        low_rank = torch.where(is_image[..., None], low_rank * (self.alpha / self.r), 0.0)\n",
+     "        low_rank = low_rank * (self.alpha / self.r)\n        low_rank[~is_image] = 0.0\n"
+     "        assert is_image.sum() > -1\n",
+     "test_plora.py::test_it_is_captured_whole_and_one_graph_serves_any_share_of_image_rows"),
+    ("Dropout in a frozen adapter", "plora.py",
+     "drops = self.training and self.lora_A.requires_grad", "drops = self.training",
+     "test_plora.py::test_a_frozen_adapter_drops_nothing_while_the_linear_around_it_trains"),
+    ("Dropout and drop path in frozen parts", "model.py",
+     "                    module.eval()", "                    pass",
+     "test_model.py::test_frozen_modules_stay_in_eval_mode_until_they_are_trainable_again"),
+    ("A projector that ignores its normalisation", "model.py",
+     "    if normalization:", "    if False:",
+     "test_model.py::test_projector_equals_its_linears_with_activations_between_them_and_a_norm"
+     "_behind"),
+    ("Cached decoding adapts new text tokens", "model.py",
+     "self.adapted(tokens[:, None] == c.image_id, has_images=False)",
+     "torch.ones_like(tokens[:, None], dtype=torch.bool)",
+     "test_model.py::test_generation_with_a_cache_equals_the_full_forward"),
+    ("Prompts of one batch go on at the position of the longest", "model.py",
+     "(lengths + step)[:, None]", "torch.full_like(lengths, T + step)[:, None]",
+     "test_model.py::test_generation_with_a_cache_equals_the_full_forward"),
+    ("Generation ends when the first row has", "model.py",
+     "is_stopped.all()", "is_stopped[0]",
+     "test_model.py::test_a_row_that_has_stopped_yields_stop_id_until_all_have_stopped"),
+    ("`.squeeze()` at batch one", "model.py",
+     "generator=generator)[:, 0]", "generator=generator).squeeze()",
+     "test_model.py::test_generation_draws_from_its_own_generator"),
+    ("Queries attend to text under ITG", "qformer.py",
+     "        mask[n_queries:, :n_queries] = True  # text attends to every query\n",
+     "        mask[n_queries:, :n_queries] = mask[:n_queries, n_queries:] = True\n",
+     "test_qformer.py::test_mask_equals_the_one_written_by_hand"),
+    ("Text positions off by the number of queries", "qformer.py",
+     "self.position_embedding.weight[:T]",
+     "self.position_embedding.weight[self.n_queries:self.n_queries + T]",
+     "test_qformer.py::test_text_positions_start_at_0_with_or_without_queries"),
+    ("ITC multiplied by its temperature", "qformer.py",
+     "cosine.float() / self", "cosine.float() * self",
+     "test_qformer.py::test_similarity_is_the_best_cosine_divided_by_the_temperature"),
+    ("A sample whose answer is cut off trains on nothing", "data.py",
+     "set(labels[:max_len]) != {IGNORED}", "True",
+     "test_data.py::test_what_is_too_long_is_cut_at_the_end_or_raises"),
+    ("Scenes are drawn from a global generator: measuring changes the training data", "data.py",
+     'rng = random.Random(f"{self.seed} {self.split} {i}")', "rng = random",
+     "test_data.py::test_the_same_number_gives_the_same_picture_and_text"),
+    ("Frozen parameters reach the optimizer and its weight decay", "train.py",
+     "        if not parameter.requires_grad:\n            continue\n        part, is_hidden",
+     "        part, is_hidden",
+     "test_train.py::test_optimizers_have_no_frozen_parameter_and_one_group_for_each_rate_and_decay"),
+    ("A resumed run starts its data anew", "train.py",
+     "task.batches(stage, collate, first_step=len(losses))", "task.batches(stage, collate)",
+     "test_train.py::test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit"),
+    ("A resumed run loses the optimizer's state", "train.py",
+     "        optimizer.load_state_dict(saved)\n", "        pass\n",
+     "test_train.py::test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit"),
+]
+
+
+def fails(root: Path, test: str) -> bool:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", f"tests/{test}"]
+    code = subprocess.run(command, cwd=root, capture_output=True).returncode
+    if code > 1:  # 0: passed, 1: failed
+        sys.exit(f"plant.py: there is no test {test}")
+    return code == 1
+
+
+def main() -> None:
+    print("| bug | file | the test that fails |", "| --- | --- | --- |", sep="\n")
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder, "copy")
+        shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns("out*", ".*", "__pycache__"))
+        for bug, name, line, wrong, test in BUGS:
+            intact = (root / name).read_text()
+            if intact.count(line) != 1:
+                sys.exit(f"plant.py: {name} has {intact.count(line)} times {line!r}")
+            (root / name).write_text(intact.replace(line, wrong))
+            if not fails(root, test):
+                sys.exit(f"plant.py: not caught by {test}: {bug}")
+            (root / name).write_text(intact)
+            print(f"| {bug} | {name} | `{test.split('::')[1]}` |", flush=True)
+        for test in {bug[-1] for bug in BUGS}:
+            if fails(root, test):
+                sys.exit(f"plant.py: {test} fails without a bug")
+
+
+if __name__ == "__main__":
+    main()
