@@ -804,15 +804,23 @@ def draw_curves(losses: dict[str, list[float]], path: Path) -> None:
         n, window = len(values), min(len(values), 4 * max(1, len(values) // 200))
         values = np.array(values[:n // window * window]).reshape(-1, window)
         logs = np.log(values.mean(axis=1).clip(1e-6))
-        low, high, left, right = logs.min(), logs.max(), panel * 360 + 60, panel * 360 + 348
+        low, high, left, right = logs.min(), logs.max(), panel * 360 + 60, panel * 360 + 340
+
+        def height(log):
+            return bottom - (bottom - top) * (log - low) / ((high - low) or 1)
+
+        for tick in (digit * 10.0**power for power in range(-6, 3) for digit in (1, 2, 5)):
+            if low <= math.log(tick) <= high:
+                y = height(math.log(tick))
+                canvas.line((left, y, right, y), "lightgray")
+                canvas.text((left - 6, y), f"{tick:g}", "black", font, "rm")
+        for share in (0.0, 0.5, 1.0):
+            x = left + share * (right - left)
+            canvas.text((x, bottom + 6), f"{round(share * n)}", "black", font, "mt")
         canvas.rectangle((left, top, right, bottom), outline="gray")
         xs = np.linspace(left, right, len(logs))
-        ys = bottom - (bottom - top) * (logs - low) / ((high - low) or 1)
-        canvas.line(list(zip(xs, ys)), (45, 85, 215), 2)
-        canvas.text((left, 8), f"{stage}: loss", "black", font)
-        canvas.text((left - 6, top), f"{math.exp(high):.3g}", "black", font, "rt")
-        canvas.text((left - 6, bottom), f"{math.exp(low):.3g}", "black", font, "rb")
-        canvas.text((right, bottom + 6), f"{n} steps", "black", font, "rt")
+        canvas.line(list(zip(xs, height(logs))), (45, 85, 215), 2)
+        canvas.text((left, 8), f"{stage}: loss in nats, by step", "black", font)
     sheet.save(path)
 
 

@@ -472,7 +472,10 @@ class MLLM(nn.Module):
 
     def adapted(self, is_image: Tensor, has_images: bool) -> Tensor | None:
         """The rows (B, T) that adapters change: with Partial LoRA those of images, with LoRA all.
-        None (Partial LoRA without images): the plain decoder runs, which costs nothing extra."""
+        None (Partial LoRA without images): the plain decoder runs, which costs nothing extra.
+
+        In the last block only keys and values of image rows still matter, as text rows read them:
+        of its adapters none but wqkv's has a gradient, and of lora_B only the rows of k and v."""
         if self.config.lora_on == "all":
             return torch.ones_like(is_image)
         return is_image if has_images else None
@@ -531,7 +534,8 @@ class MLLM(nn.Module):
 
         prompts: B tensors of ids, of any lengths; images (N, 3, height, width) for all of them, or
         None. A row that has yielded stop_id goes on with it until all have, and up to seven tokens
-        more. sampling: see `pick_token`. Call it in eval mode. Raises ValueError when max_len is too short.
+        more. sampling: see `pick_token`. Call it in eval mode. Raises ValueError when max_len is
+        too short.
         """
         c, device = self.config, self.decoder.norm.weight.device
         lengths = [len(prompt) for prompt in prompts]
@@ -605,7 +609,7 @@ def main() -> None:
         x = getattr(model, name)(x)
         print(f"{name:10} -> {tuple(x.shape)}")
     x, is_image = model.embed(ids, images)
-    print(f"among {ids.shape[1]} ids -> {tuple(x.shape)}, of which {int(is_image.sum())} of the image")
+    print(f"embed, {ids.shape[1]} ids -> {tuple(x.shape)}, {int(is_image.sum())} rows of the image")
     labels = torch.where(ids == 8, ids, -100)  # the last token is the answer
     logits, loss = model(ids, images, labels)
     print(f"logits {tuple(logits.shape)} of the trained position, loss {loss:.2f}; ln V is "

@@ -6,7 +6,7 @@
     python tests/ablate.py size          pictures larger than those trained on
     python tests/ablate.py rank          rank of the adapters
     python tests/ablate.py precision     frozen weights in bfloat16
-    python tests/ablate.py checkpoint    activations of the ViT kept, or computed again
+    python tests/ablate.py attention     how much of the Q-Former's attention falls on things
 
 Each run is one of train.py with the flags in `TABLES`, half of the preset's `align` and `instruct`
 long; runs share stage 0 unless it is what they change. Writes NAME.json and a folder for each run
@@ -25,10 +25,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bench import ROOT, kept_for_backward, seconds, write  # first, for the path
+from bench import ROOT, seconds, write  # first, for the path
 import train
-from data import Scenes, Tokenizer
-from model import MLLM, PARTS, ViT, load_file, part_of, save_file
+from data import Scenes, Tokenizer, draw, to_pixels
+from model import MLLM, PARTS, load_file, part_of
+from sample import attention_maps
 
 # Columns of each table, and its runs: (label, flags from `vision` on, flags from `align` on).
 ANSWERS = ("right", "never-seen pairs", "blind", "descriptions")
@@ -53,7 +54,7 @@ TABLES = {
         ("frozen in float32", "", "--recipe plora"),
         ("frozen in bfloat16", "", "--recipe plora --set half_frozen=true")]),
     "size": (("patches",) + ANSWERS, []),  # its runs are those of `larger_pictures`
-    "checkpoint": ((), []),  # see `checkpointing`
+    "attention": ((), []),  # of a run, see `attention`
 }
 
 
@@ -100,25 +101,10 @@ def larger_pictures(runner: Runner) -> list[tuple[str, Path]]:
     """(label, folder) of a run, and of its model shown pictures of 1.5 and 2 times the side."""
     trained = runner.run_all([("", "", "")])[0][1]
     side = load_file(trained / "instruct.pt")["run"]["vit"]["image_size"][0]
-    runs = [(f"{side}, as trained", trained)]
-    for larger in (3 * side // 2, 2 * side):
-        flags = f"--image-size {larger} {larger}"
-        save_padded(trained / "instruct.pt", larger, runner.run("padded", [], flags, trained))
-        runs += [(f"{larger}, {how}", runner.run(name, ["evaluate"], flags, trained))
-                 for how, name in (("not interpolated", "padded"), ("interpolated", "plain"))]
-    return runs
-
-
-def save_padded(source: Path, side: int, folder: Path) -> None:
-    """The model for pictures of another side: learned positions in a corner, zeros elsewhere."""
-    saved = load_file(source)
-    vit, weights = saved["config"]["vit"], saved["model"]
-    old, new = (length // vit["patch_size"] for length in (vit["image_size"][0], side))
-    class_token, patches = weights["vit.position_embedding"].split([1, old * old], dim=1)
-    grid = nn.functional.pad(patches.unflatten(1, (old, old)), (0, 0, 0, new - old, 0, new - old))
-    weights["vit.position_embedding"] = torch.cat([class_token, grid.flatten(1, 2)], dim=1)
-    vit["image_size"] = (side, side)
-    save_file(saved, folder / "instruct.pt")
+    return [(f"{side}, as trained", trained)] + [
+        (f"{larger}, interpolated", runner.run("larger", ["evaluate"],
+                                               f"--image-size {larger} {larger}", trained))
+        for larger in (3 * side // 2, 2 * side)]
 
 
 # ---- Measuring what a run left behind --------------------------------------------------------
@@ -194,20 +180,33 @@ def measure(folder: Path, columns: tuple[str, ...]) -> dict:
     return {name: row[name] for name in columns}
 
 
-def checkpointing(n: int = 16, n_layers: int = 12) -> list[dict]:
-    """A step of a ViT-S/14 on n images of 224 x 224, in float32 on the CPU. The largest difference
-    is that of a gradient to the first row's."""
-    steps, rows, gradients, images = [], [], [], torch.rand(n, 3, 224, 224)
-    for label, again in (("kept", False), ("computed again", True)):
-        torch.manual_seed(0)
-        vit = ViT(224, 14, 384, n_layers, 6, use_grad_checkpoint=again)
-        kept, y = kept_for_backward(vit, lambda: vit(images))
-        y.square().mean().backward()
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in vit.parameters()]))
-        rows.append({"activations": label, "kept MB": kept,
-                     "largest difference": (gradients[-1] - gradients[0]).abs().max().item()})
-        steps.append(lambda vit=vit: vit(images).square().mean().backward())
-    return [row | {"seconds": each} for row, each in zip(rows, seconds(*steps))]
+@torch.no_grad()
+def attention(folder: Path, n: int = 500) -> list[dict]:
+    """Where the Q-Former looks in held-out scenes, before and after `vision` and in the end: the
+    share of a query's attention that falls on pixels of things, and of these on all pixels."""
+    saved, rows = load_file(folder / "vision.pt"), []
+    config = train.Config(**saved["run"])
+    tokenizer, spec = Tokenizer.load(folder / "tokenizer.json"), train.Task(config).spec
+    scenes, patch = Scenes(spec, "vision", n, "test"), config.vit["patch_size"]
+    pictures = [[draw(things, spec.image_size, rng) for things, rng in (  # with things, and without
+        scenes.things(i), ([], scenes.things(i)[1]))] for i in range(n)]
+    full, empty = (torch.stack([to_pixels(image, config.vit["image_size"]) for image in side])
+                   for side in zip(*pictures))
+    is_thing = (full != empty).any(dim=1, keepdim=True).float()  # (n, 1, height, width)
+    covered = nn.functional.avg_pool2d(is_thing, patch).flatten(1)  # (n, P)
+    torch.manual_seed(0)
+    for label, model in (("before vision", MLLM(train.model_config(config, "vision", tokenizer))),
+                         ("after vision", MLLM.load(folder / "vision.pt")),
+                         ("after instruct", MLLM.load(folder / "instruct.pt"))):
+        maps = attention_maps(model.eval(), full)[..., 1:]  # (n, cross-attentions, Q, P)
+        for i, of_queries in enumerate(maps.unbind(dim=1)):
+            on = (of_queries @ covered[..., None])[..., 0] / of_queries.sum(dim=-1)  # (n, Q)
+            on = on.mean(dim=0)
+            rows.append({"": f"{label}, block {2 * i}", "mean query": on.mean().item(),
+                         "least": on.min().item(), "most": on.max().item(),
+                         "pixels": covered.mean().item(),
+                         "class token": 1 - of_queries.sum(dim=-1).mean().item()})
+    return rows
 
 
 def main() -> None:
@@ -221,8 +220,11 @@ def main() -> None:
     for stage in ("align", "instruct"):
         flags.append(f"--{stage}-samples={getattr(config, f'{stage}_samples') // 2}")
     runner = Runner(arguments.out, arguments.jobs, flags)
-    done = runner.run_all(runs) if runs else larger_pictures(runner) if columns else []
-    rows = [{"": label} | measure(folder, columns) for label, folder in done] or checkpointing()
+    if arguments.table == "attention":
+        rows = attention(runner.run_all([("", "", "")])[0][1])
+    else:
+        done = runner.run_all(runs) if runs else larger_pictures(runner)
+        rows = [{"": label} | measure(folder, columns) for label, folder in done]
     write(rows, arguments.out / f"{arguments.table}.json")
 
 

@@ -1,9 +1,8 @@
-"""How fast and how large: medians of repeats that take turns, sizes of the device's preset.
+"""How fast: medians of repeats that take turns, sizes of the device's preset.
 
     python tests/bench.py plora          adapters against a plain linear and gathered image rows
     python tests/bench.py step           where the time of a training step goes
     python tests/bench.py generation     tokens a second with the cache and without
-    python tests/bench.py memory         weights, gradients, optimizer and activations by stage
 
 Each prints a Markdown table and writes out/bench/NAME.json. What such tables led to: ITC and ITM in
 one step of four, adapters' rows masked where they are narrow, logits of trained positions alone.
@@ -46,23 +45,6 @@ def seconds(*functions: Callable) -> list[float]:
                 torch.cuda.synchronize()
             own.append(time.perf_counter() - start)
     return [median(own[1:]) for own in times]
-
-
-def megabytes(tensors) -> float:
-    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor)) / 1e6
-
-
-def kept_for_backward(model: nn.Module, forward: Callable) -> tuple[float, Tensor]:
-    """The MB that autograd keeps of a forward pass beside the weights, and the pass's result."""
-    weights, kept = {value.untyped_storage().data_ptr() for value in model.parameters()}, {}
-
-    def keep(value: Tensor) -> Tensor:
-        kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        return value
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-        result = forward()
-    return sum(size for place, size in kept.items() if place not in weights) / 1e6, result
 
 
 def show(value) -> str:
@@ -196,31 +178,11 @@ def generation(n_new: int = 256) -> list[dict]:
     return rows
 
 
-def memory() -> list[dict]:
-    """MB of a step of each stage; activations: what autograd keeps for the backward pass."""
-    rows = []
-    for stage in train.STAGES:
-        its = Setting(stage)
-        batch, parameters = its.batch(), list(its.model.parameters())
-        activations, loss = kept_for_backward(its.model, lambda: its.loss(batch))
-        loss.backward()
-        its.optimize()
-        states = [state for optimizer in its.optimizers for state in optimizer.state.values()]
-        rows.append({
-            "stage": stage, "trainable": " ".join(train.shares_of(its.config, stage)),
-            "weights": megabytes(parameters),
-            "gradients": megabytes(value.grad for value in parameters),
-            "of frozen parts": megabytes(v.grad for v in parameters if not v.requires_grad),
-            "optimizer": megabytes(value for state in states for value in state.values()),
-            "activations": activations})
-    return rows
-
-
-TABLES = {function.__name__: function for function in (plora, step, generation, memory)}
+TABLES = {function.__name__: function for function in (plora, step, generation)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure time or memory, print a table.")
+    parser = argparse.ArgumentParser(description="Measure time, print a table.")
     parser.add_argument("table", choices=TABLES)
     table = parser.parse_args().table
     write(TABLES[table](), Path(f"out/bench/{table}.json"))

@@ -23,9 +23,6 @@ BUGS = [  # what is wrong, the line to change, what to make of it, the test that
      "        low_rank = low_rank * (self.alpha / self.r)\n        low_rank[~is_image] = 0.0\n"
      "        assert is_image.sum() > -1\n",
      "test_plora.py::test_it_is_captured_whole_and_one_graph_serves_any_share_of_image_rows"),
-    ("Dropout in a frozen adapter", "plora.py",
-     "drops = self.training and self.lora_A.requires_grad", "drops = self.training",
-     "test_plora.py::test_a_frozen_adapter_drops_nothing_while_the_linear_around_it_trains"),
     ("Dropout and drop path in frozen parts", "model.py",
      "                    module.eval()", "                    pass",
      "test_model.py::test_frozen_modules_stay_in_eval_mode_until_they_are_trainable_again"),
@@ -66,12 +63,10 @@ BUGS = [  # what is wrong, the line to change, what to make of it, the test that
     ("Frozen parameters reach the optimizer and its weight decay", "train.py",
      "        if not parameter.requires_grad:\n            continue\n        part, is_hidden",
      "        part, is_hidden",
-     "test_train.py::test_optimizers_have_no_frozen_parameter_and_one_group_for_each_rate_and_decay"),
+     "test_train.py::test_optimizers_have_no_frozen_parameter_and_one_group_for_each_rate_and"
+     "_decay"),
     ("A resumed run starts its data anew", "train.py",
      "task.batches(stage, collate, first_step=len(losses))", "task.batches(stage, collate)",
-     "test_train.py::test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit"),
-    ("A resumed run loses the optimizer's state", "train.py",
-     "        optimizer.load_state_dict(saved)\n", "        pass\n",
      "test_train.py::test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit"),
 ]
 

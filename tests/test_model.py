@@ -279,6 +279,16 @@ def test_a_batch_with_an_image_gives_every_parameter_and_all_adapters_a_gradient
     assert adapted == {"wqkv", "wo", "w1", "w2", "w3"}
 
 
+def test_labels_on_text_leave_the_last_block_only_the_adapters_of_keys_and_values():
+    model, ids = make_model(), torch.tensor([[5, *PICTURE, 7, 8]])
+    model(ids, make_images(1), torch.where(ids == 8, ids, -100))[1].backward()
+    last = {name: parameter.grad.any() for name, parameter in
+            model.decoder.blocks[-1].named_parameters() if "lora_" in name}
+    assert [name for name in last if last[name]] == [
+        "attention.wqkv.lora_A", "attention.wqkv.lora_B"]
+    assert not model.decoder.blocks[-1].attention.wqkv.lora_B.grad[:16].any()  # the queries'
+
+
 def test_loss_is_that_of_predicting_each_label_from_the_logits_before_it():
     model, images = make_model(), make_images(1)
     ids = torch.tensor([[5, *PICTURE, 7, 8], [6, 7, 8, 9, 10, 11]])

@@ -50,8 +50,9 @@ def test_every_flag_named_in_text_is_one_of_the_program():
 
 def test_the_code_to_copy_runs():
     code = re.search(r"```python\n(.+?)```", README.split("## Copy one piece")[1], re.DOTALL)[1]
-    code = code.replace("4096, 4096, r=256", "8, 8, r=2").replace("768, n_layers=12", "24, n_layers=2")
-    code = code.replace("encoder_width=1408", "encoder_width=16")
+    for size, small in (("4096, 4096, r=256", "8, 8, r=2"), ("768, n_layers=12", "24, n_layers=2"),
+                        ("encoder_width=1408", "encoder_width=16")):
+        code = code.replace(size, small)
     names = {"x": torch.randn(1, 3, 8), "is_image": torch.tensor([[True, False, False]]),
              "image_features": torch.randn(2, 5, 16)}
     exec(code, names)
@@ -73,6 +74,6 @@ def test_each_model_file_shows_what_it_is_about(capsys):
     is_zero = [[float(size) == 0 for size in row.split()[1:]] for row in rows]  # y, W, A, B
     assert is_zero == [[False] * 4] * 2 + [[True, False, True, True]] * 2
     qformer.main()
-    assert capsys.readouterr().out.count("text  1 1 1 1 1") == 4  # three of "joint", one of "causal"
+    assert capsys.readouterr().out.count("text  1 1 1 1 1") == 4  # joint and causal
     model.main()
     assert "6,738,415,616" in capsys.readouterr().out

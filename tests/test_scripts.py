@@ -46,13 +46,9 @@ def test_a_table_runs_each_stage_once_with_the_flags_of_its_rows(monkeypatch, tm
     assert table(monkeypatch, tmp_path, "mine") == ([a, b, c], [])  # not done again
 
 
-def test_larger_pictures_get_padded_or_interpolated_positions(monkeypatch, tmp_path):
+def test_larger_pictures_have_more_patches(monkeypatch, tmp_path):
     rows, _ = table(monkeypatch, tmp_path, "size")
-    assert [row["patches"] for row in rows] == [36, 81, 81, 144, 144]
-    plain, padded = (MLLM.load(tmp_path / f"{how}_image_size_72_72" / "instruct.pt")
-                     .vit.position_embedding[0, 1:] for how in ("plain", "padded"))
-    assert torch.equal(padded.unflatten(0, (9, 9))[:6, :6].flatten(0, 1), plain)
-    assert padded.any(dim=1).sum() == 36  # all others are zero
+    assert [row["patches"] for row in rows] == [36, 81, 144]
 
 
 def test_matching_is_measured_on_as_many_right_as_wrong_pairs():
@@ -64,17 +60,17 @@ def test_matching_is_measured_on_as_many_right_as_wrong_pairs():
         assert ablate.itm_accuracy(qformer, text, text, None) == share
 
 
-def test_computing_activations_again_keeps_less_and_changes_no_gradient():
-    kept, again = ablate.checkpointing(n=1, n_layers=2)
-    assert again["kept MB"] < kept["kept MB"] / 5 and again["largest difference"] < 1e-6
-
-
 def test_every_flag_of_every_run_is_one_of_the_program():
     for _, first, more in sum((runs for _, runs in ablate.TABLES.values()), []):
         train.settings(train.parse_arguments(f"{first} {more}".split()))
 
 
-def test_no_stage_holds_gradients_of_frozen_parts(monkeypatch):
-    monkeypatch.setattr(bench, "CONFIG", train.settings(train.parse_arguments(TINY)))
-    for row in bench.memory():
-        assert row["of frozen parts"] == 0 < row["optimizer"] < 2.5 * row["gradients"]
+def test_attention_that_is_uniform_falls_on_things_by_their_share_of_the_pixels(
+        monkeypatch, tmp_path):
+    monkeypatch.setattr(ablate, "attention_maps", lambda model, images: torch.full(
+        (len(images), 1, 2, 37), 1 / 37))
+    monkeypatch.setattr(ablate, "attention", partial(ablate.attention, n=8))
+    rows, _ = table(monkeypatch, tmp_path, "attention")
+    for row in rows:
+        assert row["least"] == row["most"] and abs(row["most"] - row["pixels"]) < 1e-6
+        assert 0.05 < row["pixels"] < 0.3 and abs(row["class token"] - 1 / 37) < 1e-6
