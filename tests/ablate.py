@@ -5,7 +5,6 @@
     python tests/ablate.py losses        what ITC and ITM add to ITG
     python tests/ablate.py size          pictures larger than those trained on
     python tests/ablate.py rank          rank of the adapters
-    python tests/ablate.py precision     frozen weights in bfloat16
     python tests/ablate.py attention     how much of the Q-Former's attention falls on things
 
 Each run is one of train.py with the flags in `TABLES`, half of the preset's `align` and `instruct`
@@ -25,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bench import ROOT, seconds, write  # first, for the path
+from bench import ROOT, write  # first, for the path
 import train
 from data import Scenes, Tokenizer, draw, to_pixels
 from model import MLLM, PARTS, load_file, part_of
@@ -38,7 +37,7 @@ DRIFT = ("reading", "text ppl", "after align", "after instruct", "logits changed
 TABLES = {
     "recipes": (ANSWERS + COSTS + DRIFT, [
         (name, "", "" if name == "blip2_plora" else f"--recipe {name}") for name in train.RECIPES]),
-    "connectors": (("rows", "connector parameters", "ms an image") + ANSWERS + COSTS, [
+    "connectors": (("rows", "connector parameters") + ANSWERS + COSTS, [
         ("Q-Former, 4 queries", "--set qformer.n_queries=4", ""), ("Q-Former, default", "", ""),
         ("Q-Former, 32 queries", "--set qformer.n_queries=32", ""),
         ("4 patches a row", "", "--connector patch-merge"),
@@ -50,9 +49,6 @@ TABLES = {
     "rank": (ANSWERS + COSTS, [
         (f"r = {r}", "", f"--recipe plora --set decoder.r={r} --set decoder.alpha={4 * r}")
         for r in (1, 4, 32, 128)]),
-    "precision": (ANSWERS + ("weights MB", "seconds"), [
-        ("frozen in float32", "", "--recipe plora"),
-        ("frozen in bfloat16", "", "--recipe plora --set half_frozen=true")]),
     "size": (("patches",) + ANSWERS, []),  # its runs are those of `larger_pictures`
     "attention": ((), []),  # of a run, see `attention`
 }
@@ -161,7 +157,7 @@ def measure(folder: Path, columns: tuple[str, ...]) -> dict:
     metrics = json.loads((folder / "metrics.json").read_text())
     config, spent = train.Config(**metrics["config"]), metrics["seconds_by_stage"]
     model, size = MLLM.load(folder / "instruct.pt").eval(), config.vit["image_size"]
-    images, sizes = torch.randn(64, 3, *size), dict.fromkeys(PARTS, 0)
+    sizes = dict.fromkeys(PARTS, 0)
     for name, value in weights.items():
         sizes[part_of(name)] += value.numel()
     row = {"right": metrics["qa_accuracy"], "never-seen pairs": metrics["qa_accuracy_unseen"],
@@ -170,9 +166,7 @@ def measure(folder: Path, columns: tuple[str, ...]) -> dict:
            "seconds": spent["align"] + spent["instruct"], "rows": model.config.n_rows(size),
            "trainable": sum(sizes[part] for part in train.shares_of(config, "instruct")),
            "connector parameters": sizes["qformer"] + sizes["projector"],
-           "patches": size[0] * size[1] // config.vit["patch_size"] ** 2,
-           "weights MB": sum(value.nbytes for value in weights.values()) / 1e6,
-           "ms an image": 1e3 * seconds(lambda: model.encode_images(images))[0] / len(images)}
+           "patches": size[0] * size[1] // config.vit["patch_size"] ** 2}
     if "text ppl" in columns:
         row |= text_drift(folder, config)
     if "recall@1" in columns:

@@ -3,6 +3,7 @@
     python tests/bench.py plora          adapters against a plain linear and gathered image rows
     python tests/bench.py step           where the time of a training step goes
     python tests/bench.py generation     tokens a second with the cache and without
+    python tests/bench.py data           samples a second of the data, for each preset
 
 Each prints a Markdown table and writes out/bench/NAME.json. What such tables led to: ITC and ITM in
 one step of four, adapters' rows masked where they are narrow, logits of trained positions alone.
@@ -66,11 +67,11 @@ def write(rows: list[dict], path: Path) -> None:
 class Setting:
     """A stage of the preset with changes: its data, its fresh model, its optimizers."""
 
-    def __init__(self, stage: str, **sizes: dict):
-        sizes = {part: getattr(CONFIG, part) | changes for part, changes in sizes.items()}
-        self.config = replace(CONFIG, workers=0, **sizes)
+    def __init__(self, stage: str, config: train.Config = CONFIG, **sizes: dict):
+        sizes = {part: getattr(config, part) | changes for part, changes in sizes.items()}
+        self.config = replace(config, workers=0, **sizes)
         self.task = train.Task(self.config)
-        tokenizer = Tokenizer.train(corpus(self.task.train("language"), 2000), CONFIG.vocab_size)
+        tokenizer = Tokenizer.train(corpus(self.task.train("language"), 2000), config.vocab_size)
         torch.manual_seed(0)
         self.model = MLLM(train.model_config(self.config, stage, tokenizer)).to(DEVICE)
         self.model.train_only(train.shares_of(self.config, stage))
@@ -178,7 +179,20 @@ def generation(n_new: int = 256) -> list[dict]:
     return rows
 
 
-TABLES = {function.__name__: function for function in (plora, step, generation)}
+def data() -> list[dict]:
+    """Samples a second that one core draws, writes and collates, and the MB of a batch."""
+    rows = []
+    for preset, config in train.PRESETS.items():
+        for stage in train.STAGES:
+            its = Setting(stage, config)
+            spent, batch = seconds(its.batch)[0], its.batch()
+            rows.append({"preset": preset, "stage": stage,
+                         "samples a second": config.batch_size / spent,
+                         "MB a batch": sum(tensor.nbytes for tensor in batch.values()) / 1e6})
+    return rows
+
+
+TABLES = {function.__name__: function for function in (plora, step, generation, data)}
 
 
 def main() -> None:

@@ -34,9 +34,6 @@ BUGS = [  # what is wrong, the line to change, what to make of it, the test that
      "self.adapted(tokens[:, None] == c.image_id, has_images=False)",
      "torch.ones_like(tokens[:, None], dtype=torch.bool)",
      "test_model.py::test_generation_with_a_cache_equals_the_full_forward"),
-    ("Prompts of one batch go on at the position of the longest", "model.py",
-     "(lengths + step)[:, None]", "torch.full_like(lengths, T + step)[:, None]",
-     "test_model.py::test_generation_with_a_cache_equals_the_full_forward"),
     ("Generation ends when the first row has", "model.py",
      "is_stopped.all()", "is_stopped[0]",
      "test_model.py::test_a_row_that_has_stopped_yields_stop_id_until_all_have_stopped"),
@@ -93,9 +90,6 @@ def main() -> None:
                 sys.exit(f"plant.py: not caught by {test}: {bug}")
             (root / name).write_text(intact)
             print(f"| {bug} | {name} | `{test.split('::')[1]}` |", flush=True)
-        for test in {bug[-1] for bug in BUGS}:
-            if fails(root, test):
-                sys.exit(f"plant.py: {test} fails without a bug")
 
 
 if __name__ == "__main__":

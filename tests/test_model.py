@@ -282,11 +282,10 @@ def test_a_batch_with_an_image_gives_every_parameter_and_all_adapters_a_gradient
 def test_labels_on_text_leave_the_last_block_only_the_adapters_of_keys_and_values():
     model, ids = make_model(), torch.tensor([[5, *PICTURE, 7, 8]])
     model(ids, make_images(1), torch.where(ids == 8, ids, -100))[1].backward()
-    last = {name: parameter.grad.any() for name, parameter in
-            model.decoder.blocks[-1].named_parameters() if "lora_" in name}
-    assert [name for name in last if last[name]] == [
-        "attention.wqkv.lora_A", "attention.wqkv.lora_B"]
-    assert not model.decoder.blocks[-1].attention.wqkv.lora_B.grad[:16].any()  # the queries'
+    last = model.decoder.blocks[-1]
+    assert [name for name, parameter in last.named_parameters() if "lora_" in name
+            and parameter.grad.any()] == ["attention.wqkv.lora_A", "attention.wqkv.lora_B"]
+    assert not last.attention.wqkv.lora_B.grad[:16].any()  # the rows of queries
 
 
 def test_loss_is_that_of_predicting_each_label_from_the_logits_before_it():
