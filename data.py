@@ -5,8 +5,8 @@
     Conversations┘                             (the prompt template)             (padding)
 
 `Scenes` are drawn as they are needed, with questions whose answers are known: nothing has to be
-downloaded. `Conversations` are your own. A reader may stop at the last section, which makes
-published weights fit our model.
+downloaded. `Conversations` are your own. At first reading skip the tokenizer, half of which is for
+published vocabularies, and stop at the last section, which makes published weights fit our model.
 
     python data.py        draws scenes.png and prints two turns of a sample, token by token
 
@@ -190,7 +190,7 @@ def ask(kind: str, things: list[Thing], about: Thing, spec: SceneSpec, rng: rand
         form = rng.choice(("{1}", "{0} shape", "{0} {1}"))  # a circle, a red shape, a red circle
         if rng.random() < 0.5:
             return f"Is there a {form.format(about.color, about.shape)}?", "yes"
-        # What is not there is like something that is, so that half a look does not do.
+        # What is absent shares its color or shape with something present: half of it is not enough.
         present = [form.format(thing.color, thing.shape) for thing in things]
         pairs = spec.pairs if held_out else spec.training_pairs
         alike = [form.format(*pair) for pair in pairs if about.color in pair or about.shape in pair]
@@ -221,7 +221,7 @@ def ask_any(things: list[Thing], spec: SceneSpec, rng: random.Random, held_out: 
 @dataclass
 class Sample:
     """One record of any source. turns: (question, answer); "<image>" stands for the next image."""
-    images: list[Image.Image]
+    images: list[Image.Image]  # in `Conversations.records` still their paths
     turns: list[tuple[str, str | None]]
     kind: str = "answer"  # groups the answers in an examination
     name: str = "sample"  # for error messages
@@ -250,8 +250,8 @@ class Scenes(Dataset):
 
     def conversation(self, things: list[Thing], rng: random.Random) -> list[tuple[str, str]]:
         """Questions and answers, or else a description; for `language` with the picture in words.
-        There descriptions are rare: they are copies, easy tokens that crowd out the answers which
-        must be looked up. Captions teach the decoder to write what `align` asks for."""
+        There descriptions are rare: to copy one is easy, and so many easy tokens would outweigh the
+        answers, which must be looked up. Captions teach the decoder to write those of `align`."""
         lot, is_text = rng.random(), self.task == "language"
         if lot < (0.03 if is_text else 0.5):
             turns = [(rng.choice(DESCRIBE), describe(things))]
@@ -375,10 +375,10 @@ class Tokenizer:
         self.space = " " if self.pattern else ""  # SentencePiece begins each text with one itself
         n = self.vocab_size = max(self.bytes) + 1
         if set(SPECIALS) <= set(added):
-            ids = [added[name] for name in SPECIALS]
-            self.pad, self.image, self.summary, self.dec, self.end = ids[:5]
-            self.start, self.human, self.assistant = [ids[2]], [ids[4], ids[5]], [ids[4], ids[6]]
-            self.image_open, self.image_close = [ids[7]], [ids[8]]
+            (self.pad, self.image, self.summary, self.dec, self.end, human, assistant, opening,
+             closing) = (added[name] for name in SPECIALS)
+            self.start, self.image_open, self.image_close = [self.summary], [opening], [closing]
+            self.human, self.assistant = [self.end, human], [self.end, assistant]
         else:  # a published vocabulary writes the template in its own tokens; no text has these ids
             self.pad, self.image, self.summary, self.dec = range(n, n + 4)
             self.vocab_size, names = n + 4, self.vocab | added
@@ -417,7 +417,8 @@ class Tokenizer:
         text = text.replace(" ", "\u2581")
         if text and (self.normalizer or text[0] != "\u2581"):  # newer files: if there is none yet
             text = "\u2581" + text
-        # A text is one word there, but no token has a "\u2581" behind another character.
+        # There a text is one word. No token has a "\u2581" behind another character, though, so
+        # to cut it in front of each run of them changes nothing and is faster.
         return re.findall("\u2581*[^\u2581]+|\u2581+", text)
 
     def encode(self, text: str) -> list[int]:
@@ -754,14 +755,16 @@ class Conversations(Dataset):
         other.task = task
         if task == "vision":
             other.records = [record for record in self.records if record.images]
-        for record in self.records if task == "test" else ():
-            is_single = len(record.turns) == 1
-            about = (record.images, record.turns[0][0]) if is_single else id(record)
-            first = questions.setdefault(about, replace(record))
-            if is_single:
-                first.references += (record.turns[0][1],)
-        other.records = list(questions.values()) or other.records
-        check(len(other.records) > 0, f"{self.records[0].name} ff.: there is nothing for {task!r}")
+        elif task == "test":
+            for record in self.records:
+                is_single = len(record.turns) == 1
+                about = (record.images, record.turns[0][0]) if is_single else id(record)
+                first = questions.setdefault(about, replace(record))
+                if is_single:
+                    first.references += (record.turns[0][1],)
+            other.records = list(questions.values())
+        check(len(other.records) > 0,
+              f"{self.records[0].name} and all after it: nothing to use for {task!r}")
         return other
 
     def __len__(self) -> int:
@@ -799,27 +802,28 @@ def draw_curves(losses: dict[str, list[float]], path: Path) -> None:
     font, sheet = ImageFont.load_default(13), Image.new("RGB", (360 * len(losses), 240), "white")
     canvas, top, bottom = ImageDraw.Draw(sheet), 30, 212
     for panel, (stage, values) in enumerate(losses.items()):
+        steps, left, right = len(values), panel * 360 + 60, panel * 360 + 340
         values = [value for value in values if math.isfinite(value)] or [1.0]
         # A multiple of four, since ITC and ITM add to the loss of each fourth step.
         n, window = len(values), min(len(values), 4 * max(1, len(values) // 200))
-        values = np.array(values[:n // window * window]).reshape(-1, window)
-        logs = np.log(values.mean(axis=1).clip(1e-6))
-        low, high, left, right = logs.min(), logs.max(), panel * 360 + 60, panel * 360 + 340
+        values = np.array(values[:n // window * window]).reshape(-1, window).mean(axis=1)
+        values = values.clip(1.1e-6, 400)
+        ticks = [digit * 10.0**power for power in range(-6, 3) for digit in (1, 2, 5)]
+        low = max(tick for tick in ticks if tick < values.min())
+        high = min(tick for tick in ticks if tick > values.max())
 
-        def height(log):
-            return bottom - (bottom - top) * (log - low) / ((high - low) or 1)
+        def height(value):
+            return bottom - (bottom - top) * np.log(value / low) / np.log(high / low)
 
-        for tick in (digit * 10.0**power for power in range(-6, 3) for digit in (1, 2, 5)):
-            if low <= math.log(tick) <= high:
-                y = height(math.log(tick))
-                canvas.line((left, y, right, y), "lightgray")
-                canvas.text((left - 6, y), f"{tick:g}", "black", font, "rm")
+        for tick in (tick for tick in ticks if low <= tick <= high):
+            canvas.line((left, height(tick), right, height(tick)), "lightgray")
+            canvas.text((left - 6, height(tick)), f"{tick:g}", "black", font, "rm")
         for share in (0.0, 0.5, 1.0):
             x = left + share * (right - left)
-            canvas.text((x, bottom + 6), f"{round(share * n)}", "black", font, "mt")
+            canvas.text((x, bottom + 6), f"{round(share * steps)}", "black", font, "mt")
         canvas.rectangle((left, top, right, bottom), outline="gray")
-        xs = np.linspace(left, right, len(logs))
-        canvas.line(list(zip(xs, height(logs))), (45, 85, 215), 2)
+        xs = np.linspace(left, right, len(values))
+        canvas.line(list(zip(xs, height(values))), (45, 85, 215), 2)
         canvas.text((left, 8), f"{stage}: loss in nats, by step", "black", font)
     sheet.save(path)
 
@@ -840,7 +844,7 @@ LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32,
          "num_attention_heads": 32, "num_key_value_heads": None, "intermediate_size": 11008,
          "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_word_embeddings": False}
 QWEN = LLAMA | {"vocab_size": 151936, "intermediate_size": 22016}
-# Our names of these sizes, where they differ; and values of others without which nothing fits.
+# Our names of these sizes, where they differ; and all values of other settings that fit our model.
 OURS = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
         "num_key_value_heads": "n_kv_heads", "intermediate_size": "ffn_dim",
         "hidden_act": "activation", "layer_norm_eps": "norm_eps", "rms_norm_eps": "norm_eps",

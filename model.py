@@ -18,6 +18,8 @@ several. An image stands in its text as Q placeholder ids, so every length is kn
 The parts follow BLIP-2 (arXiv 2301.12597), MiniGPT-4 (2304.10592), InternLM-XComposer2
 (2401.16420).
 
+    python model.py        a sample on its way from pixels to loss, and the sizes of the papers
+
 B texts, N images, T tokens, P patches, Q queries or other rows of an image, H heads,
 Hkv key/value heads, Dh head width, D decoder width, Dv vision width, Dq Q-Former width,
 V vocabulary, L longest cached sequence.
@@ -137,7 +139,8 @@ class ViT(nn.Module):
         init_linears(self, zero="mlp.2")
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
-        """The rows and columns of patches in an image of this size."""
+        """The rows and columns of patches in an image of this size: (10, 40) for a height of 100
+        and a width of 400 in patches of 10, to which learned positions are then interpolated."""
         if height % self.patch_size or width % self.patch_size or not height or not width:
             raise ValueError("image height and width must be multiples of patch_size "
                              f"{self.patch_size}, got {height} x {width}")
@@ -240,12 +243,15 @@ class GPTAttention(nn.Module):
 
     @torch.no_grad()
     def look_back(self, rope_theta: float) -> None:
-        """Start with head h attending to the token h + 1 places back, by query and key biases
-        alone: turned by RoPE, they score the sum over pairs of amplitude^2 cos(theta_i (distance -
-        h - 1))."""
+        """Start with head h attending to the token h + 1 places back, by query and key biases.
+
+        RoPE turns the biases with the position. Between tokens d places apart they score the sum
+        over channel pairs of amplitude^2 cos(theta_i (d - h - 1)), which is largest at d = h + 1.
+        """
         one, distances = torch.ones(1, 1), torch.arange(1, self.n_heads + 1)[None]
         sine_of_one_step = rotation(one, self.head_dim, rope_theta)[1][0, 0]  # (1, Dh/2)
-        # Pairs that hardly turn cannot tell one distance from another: they get no amplitude.
+        # Pairs that hardly turn cannot tell one distance from another: they get no amplitude. The
+        # others get enough for softmax to choose one token.
         amplitude = 4.0 * (sine_of_one_step > 0.3)
         cos, sin = rotation(distances, self.head_dim, rope_theta)  # (1, H, 1, Dh/2)
         cos, sin = amplitude * cos[0, :, 0], amplitude * sin[0, :, 0]  # (H, Dh/2)
@@ -434,27 +440,27 @@ class MLLM(nn.Module):
         """As in torch, but frozen modules stay in eval mode, without dropout and drop path.
         MiniGPT-4 replaces the method `train` of its frozen parts for the same reason."""
         super().train(mode)
-        for child in self.children() if mode else ():
-            for module in child.modules():
-                is_trainable = [parameter.requires_grad for parameter in module.parameters()]
-                if is_trainable and not any(is_trainable):
-                    module.eval()
+        for module in self.modules() if mode else ():
+            is_trainable = [parameter.requires_grad for parameter in module.parameters()]
+            if is_trainable and not any(is_trainable):
+                module.eval()
         return self
 
     @torch.no_grad()
     def cast_frozen(self, dtype: torch.dtype) -> None:
-        """Keep frozen linear and convolution layers in another dtype, for half the memory; all else
-        stays float32 (but an embedding tied to a linear). Run it under autocast then. Source:
-        `convert_weights_to_fp16` in the code of BLIP-2 and MiniGPT-4."""
+        """Keep frozen linear and convolution layers in another dtype, for half the memory; an
+        embedding tied to one goes with it, all else stays float32. Run it under autocast then.
+        Source: `convert_weights_to_fp16` in the code of BLIP-2 and MiniGPT-4."""
         for module in self.modules():
-            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
                 for parameter in (module.weight, module.bias):
                     if parameter is not None and not parameter.requires_grad:
                         parameter.data = parameter.data.to(dtype)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Pixels (N, 3, height, width) uint8 as the ViT wants them, float32; floats stay as they
-        are."""
+        """Pixels (N, 3, height, width) uint8 as the ViT wants them, float32, on the device of the
+        model; floats are only moved there."""
+        images = images.to(self.decoder.norm.weight.device, non_blocking=True)
         if images.is_floating_point():
             return images
         channels = []
@@ -474,8 +480,9 @@ class MLLM(nn.Module):
         """The rows (B, T) that adapters change: with Partial LoRA those of images, with LoRA all.
         None (Partial LoRA without images): the plain decoder runs, which costs nothing extra.
 
-        In the last block only keys and values of image rows still matter, as text rows read them:
-        of its adapters none but wqkv's has a gradient, and of lora_B only the rows of k and v."""
+        With Partial LoRA the last block's image rows matter as keys and values alone, since text
+        rows read them and labels are on text: of that block's adapters only wqkv's has a gradient,
+        and of its lora_B only the rows of keys and values."""
         if self.config.lora_on == "all":
             return torch.ones_like(is_image)
         return is_image if has_images else None
@@ -499,7 +506,7 @@ class MLLM(nn.Module):
         rows = x[:0] if images is None else self.encode_images(images)  # (N, Q, D)
         N, Q, D = rows.shape
         if n_found != N * Q:
-            raise ValueError(f"{N} images of {Q} rows, but the text has {n_found} placeholders")
+            raise ValueError(f"the text has {n_found} placeholders, but {N} images make {N * Q}")
         # The i-th placeholder takes row i of all images. A row of zeros at the end, index -1, is
         # for the text in front of the first image.
         rows = F.pad(rows.flatten(0, 1).to(x.dtype), (0, 0, 0, 1))  # (N Q + 1, D)
@@ -510,7 +517,8 @@ class MLLM(nn.Module):
     def forward(self, input_ids: Tensor, images: Tensor | None, labels: Tensor | None = None):
         """input_ids (B, T) right-padded, images (N, 3, height, width), labels (B, T) or None.
 
-        Ids and labels may stay on the CPU, where counting makes nothing wait for a GPU.
+        All of them may be on the CPU; ids and labels should be, where counting makes nothing wait
+        for a GPU.
         images None: text alone. An empty tensor of images instead keeps the adapters in the graph,
         with gradients of zero. labels hold the id at each position, -100 where it is not trained.
         Returns logits (B, T, V) and None; with labels the logits (N, V) of the trained positions
@@ -521,10 +529,10 @@ class MLLM(nn.Module):
         if labels is None:
             return self.decoder(x, is_adapted), None  # (B, T, V)
         targets = labels[:, 1:]  # (B, T - 1)
-        trained = (targets != -100).nonzero(as_tuple=True)  # two of (N,)
-        rows, columns, targets = (part.to(x.device, non_blocking=True)
-                                  for part in (*trained, targets[trained]))
-        logits = self.decoder(x, is_adapted, at=(rows, columns))  # (N, V)
+        trained = (targets != -100).nonzero().T  # (2, N)
+        targets = targets[tuple(trained)].to(x.device, non_blocking=True)  # (N,)
+        trained = trained.to(x.device, non_blocking=True)
+        logits = self.decoder(x, is_adapted, at=tuple(trained))  # (N, V)
         return logits, F.cross_entropy(logits.float(), targets)
 
     @torch.no_grad()
@@ -533,9 +541,9 @@ class MLLM(nn.Module):
         """Answer B prompts at once, yielding the next token of each, (B,) ids, when it is known.
 
         prompts: B tensors of ids, of any lengths; images (N, 3, height, width) for all of them, or
-        None. A row that has yielded stop_id goes on with it until all have, and up to seven tokens
-        more. sampling: see `pick_token`. Call it in eval mode. Raises ValueError when max_len is
-        too short.
+        None. A row that has yielded stop_id repeats it until all have, which is looked up after
+        every eighth token. sampling: see `pick_token`. Call it in eval mode. Raises ValueError when
+        max_len is too short.
         """
         c, device = self.config, self.decoder.norm.weight.device
         lengths = [len(prompt) for prompt in prompts]
@@ -602,27 +610,26 @@ def main() -> None:
         qformer=dict(dim=128, n_layers=2, n_heads=4, n_queries=16, encoder_width=128),
         projector=dict(in_dim=128, out_dim=192),
         decoder=dict(vocab_size=1024, dim=192, n_layers=3, n_heads=6, r=32)))
-    images, ids = torch.zeros(1, 3, 48, 48), torch.tensor([[5, 6, *[1] * 16, 7, 8]])
-    x = images
-    print(f"pixels {tuple(x.shape)}")
+    x = images = torch.zeros(1, 3, 48, 48)
     for name in ("vit", "ln_vision", "qformer", "projector"):
+        print(f"{name:10} {tuple(x.shape)} -> ", end="")
         x = getattr(model, name)(x)
-        print(f"{name:10} -> {tuple(x.shape)}")
+        print(tuple(x.shape))
+    ids = torch.tensor([[5, 6, *[1] * 16, 7, 8]])  # 16 placeholders among words
     x, is_image = model.embed(ids, images)
-    print(f"embed, {ids.shape[1]} ids -> {tuple(x.shape)}, {int(is_image.sum())} rows of the image")
-    labels = torch.where(ids == 8, ids, -100)  # the last token is the answer
-    logits, loss = model(ids, images, labels)
-    print(f"logits {tuple(logits.shape)} of the trained position, loss {loss:.2f}; ln V is "
-          f"{math.log(1024):.2f}\n\nThe sizes of the papers, counted without memory:")
+    print(f"embed      {tuple(ids.shape)} -> {tuple(x.shape)}, {is_image.sum()} rows of the image")
+    logits, loss = model(ids, images, torch.where(ids == 8, ids, -100))  # 8 is the answer
+    print(f"logits {tuple(logits.shape)} of the trained position, loss {loss:.2f}, ln V = "
+          f"{math.log(1024):.2f}\n\nParameters at the sizes of the papers, counted without memory:")
     with torch.device("meta"):
         for name, part in {
                 "EVA-CLIP ViT-g/14 (1.0 billion)": ViT(224, 14, 1408, 39, 16, mlp_ratio=4.3637),
                 "BLIP-2's Q-Former (188 million)": QFormer(768, 12, 12, 32, 1408, vocab_size=30523),
                 "Vicuna-7B (6.7 billion)": GPT(32000, 4096, 32, 32, ffn_dim=11008)}.items():
-            sizes = {key: value.numel() for key, value in part.named_parameters()}
-            adapters = sum(size for key, size in sizes.items() if "lora_" in key)
-            print(f"{name:32} {sum(sizes.values()) - adapters:13,}, adapters of r = 256: "
-                  f"{adapters:,}")
+            sizes = {"own": 0, "adapters": 0}
+            for key, value in part.named_parameters():
+                sizes["adapters" if "lora_" in key else "own"] += value.numel()
+            print(f"{name:32} {sizes['own']:13,}, adapters {sizes['adapters']:,}")
 
 
 if __name__ == "__main__":

@@ -52,11 +52,11 @@ class PLoRALinear(nn.Linear):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A random, B zero: no delta at first, as it would be the other way round.
+        """A random, B zero: the delta starts at zero.
 
-        Only the factor that is zero has a gradient in the first step. That is B, which can write
-        in any direction what A reads of x. Were A zero, it would learn first, and the delta could
-        write into the r random directions of B alone.
+        With A zero and B random it would, too. But the factor that is zero is the only one with a
+        gradient in the first step. Here that is B, so the delta may point in any direction. Were it
+        A, the delta could only point in the r random directions that B has.
         """
         super().reset_parameters()
         if hasattr(self, "lora_A"):  # nn.Linear calls this before they exist

@@ -27,7 +27,7 @@ to text: they could hand a token on to the rows that are to predict it.
 In a block self-attention comes first, so text reads the queries as they come out of the block
 before. With the three blocks of train.py's default:
 
-    block 0   queries read the image                   text reads the queries before they have
+    block 0   queries read the image                   text reads queries that have read nothing
     block 1   (no cross-attention)                     text reads what block 0 has made of them
     block 2   queries read the image again             text reads what block 1 has made of them
     losses    ITC and ITM of block 2's query rows      ITG of block 2's text rows
@@ -233,11 +233,11 @@ class QFormer(nn.Module):
         return self.word_embedding(text) + self.position_embedding.weight[:T]
 
     def similarity(self, query_rows: Tensor, text: Tensor) -> Tensor:
-        """How well each image fits each text: (B, B) cosines divided by the temperature, a row for
-        each image. query_rows (B, Q, Dq) from `forward`; text (B, T) ids, whose first row sums it
-        up. Of an image's queries, the one that fits best counts."""
+        """How well each image fits each text: (B, B) cosines divided by the temperature, [i, j] of
+        image i and text j. query_rows (B, Q, Dq) from `forward`; text (B, T) ids that begin with
+        <s>, whose output stands for the whole text. Of an image's queries the best counts."""
         image = F.normalize(self.itc_image(query_rows), dim=-1)  # (B, Q, itc_dim)
-        summary = self(text=text)[:, 0]  # (B, Dq)
+        summary = self(text=text, kind="separate")[:, 0]  # (B, Dq)
         words = F.normalize(self.itc_text(summary), dim=-1)  # (B, itc_dim)
         cosine = torch.einsum("iqd,td->itq", image, words).amax(dim=-1)  # (B, B)
         # In float32, also under autocast: softmax will take differences of large numbers.
@@ -275,9 +275,9 @@ class QFormer(nn.Module):
                  targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Image-grounded generation: predict each text token from queries and the tokens before.
 
-        image_features (B, P, Dv); text (B, T), its first token the start of decoding; targets (B,
-        T): the tokens of text to predict, and padding for the others; None: all. Returns the loss
-        in nats per token and the query rows (B, Q, Dq), which text never moves.
+        image_features (B, P, Dv); text (B, T), which begins with <dec>, the sign to write; targets
+        (B, T): the tokens of text to predict, and padding for the others; None: all. Returns the
+        loss in nats per token and the query rows (B, Q, Dq), which text never moves.
         """
         targets = text if targets is None else targets
         x = self(image_features, text, "causal")  # (B, S, Dq)
@@ -297,7 +297,7 @@ def main() -> None:
         reads = "read the image" if block.cross_attention is not None else "do not read the image"
         size = sum(parameter.numel() for parameter in block.parameters())
         print(f"block {i}: {size:,} parameters; queries {reads}; text reads the queries "
-              f"{f'of block {i - 1}' if i else 'before they have read'}")
+              f"{f'of block {i - 1}' if i else 'that have read nothing'}")
     rows = qformer(torch.randn(2, 37, 128))
     print(f"image features (2, 37, 128) -> rows {tuple(rows.shape)}")
 

@@ -29,7 +29,6 @@ def stream(model: MLLM, tokenizer: Tokenizer, asked: Sample, max_new_tokens: int
     size, answer, shown = model.config.vit["image_size"], [], ""
     ids, _ = encode_turns(tokenizer, asked.turns, model.config.n_rows(size), max_len=10**9)
     images = torch.stack([to_pixels(image, size) for image in asked.images])
-    images = images.to(model.decoder.norm.weight.device)
     for token in model.generate([torch.tensor(ids)], images, max_new_tokens, tokenizer.end,
                                 **sampling):
         if token.item() == tokenizer.end:
@@ -58,8 +57,9 @@ def attention_maps(model: MLLM, images: Tensor) -> Tensor:
 
     def keep(attention, inputs, _) -> None:
         queries, features = inputs
-        q, k = (rows.unflatten(-1, (attention.n_heads, -1)).transpose(1, 2)
-                for rows in (attention.q_proj(queries), attention.k_proj(features)))
+        heads = attention.n_heads, -1
+        q = attention.q_proj(queries).unflatten(-1, heads).transpose(1, 2)  # (N, H, Q, Dh)
+        k = attention.k_proj(features).unflatten(-1, heads).transpose(1, 2)  # (N, H, P, Dh)
         scores = q @ k.mT / q.shape[-1] ** 0.5  # (N, H, Q, P)
         maps.append(scores.softmax(dim=-1).mean(dim=1))
 
@@ -75,7 +75,7 @@ def draw_attention(model: MLLM, image: Image.Image, path: Path) -> None:
     """The picture, then for each cross-attention and query the patches that it reads: the less, the
     darker."""
     height, width = model.config.vit["image_size"]
-    pixels = to_pixels(image, (height, width))[None].to(model.decoder.norm.weight.device)
+    pixels = to_pixels(image, (height, width))[None]  # (1, 3, height, width)
     pictures, texts = [image.resize((width, height))], ["the picture"]
     for i, of_queries in enumerate(attention_maps(model, pixels)[0].cpu()):
         for query, weights in enumerate(of_queries):
@@ -96,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
         help="a picture or several; without one a fresh scene is drawn")
     add("--prompt", default=DESCRIBE[0], help="the question")
     add("--chat", action="store_true", help="ask several questions, one a line, until Ctrl-D")
-    add("--attention", action="store_true", help="draw what each query of the Q-Former reads")
+    add("--attention", action="store_true", help="draw what each query reads of the first picture")
     add("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     add("--top-k", type=int, default=0, help="draw from the k likeliest tokens only; 0: from all")
     add("--max-new-tokens", type=int, default=100, help="longest answer")
@@ -108,6 +108,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans anew for each length
     model = MLLM.load(args.out / "instruct.pt", args.device).eval()
     tokenizer = Tokenizer.load(args.out / "tokenizer.json")
     asked = Sample([read_image(path) for path in args.image], [])

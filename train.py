@@ -109,7 +109,7 @@ class Config:
     instruct_lr: float = 8e-3
     ffn_lr: float = 0.1                  # share for the decoder's feed-forward nets, see README
     own_lr: float = 0.25                 # share for ViT and Q-Former on own pictures, see README
-    vision_adamw_lr: float = 0.5         # share for all but hidden matrices of ViT and Q-Former
+    vision_adamw_lr: float = 0.5         # share for what is no hidden matrix in ViT and Q-Former
     itc_weight: float = 0.1              # of the losses beside ITG; 0 leaves one out
     itm_weight: float = 0.1
     contrast_every: int = 4              # ITC and ITM run in one step of so many
@@ -130,7 +130,7 @@ CPU = Config(
                  dropout=0.0),
     projector=dict(kind="linear", hidden_dim=0, activation="gelu", normalization=False),
     # RoPE with base 100: its slowest pair turns by 1.33 rad in a text of 100 tokens. With the usual
-    # base of 10,000 it would turn by 0.018, and most pairs could not tell such short texts apart.
+    # base of 10,000 it would turn by 0.018, too little to tell positions apart.
     decoder=dict(dim=192, n_layers=3, n_heads=6, n_kv_heads=6, rope_theta=100.0, qkv_bias=True,
                  r=32, alpha=128.0, lora_dropout=0.0),
     scenes=dict(n_colors=5, n_shapes=4, n_places=5, max_things=3))
@@ -139,7 +139,7 @@ GPU = replace(
     qformer=CPU.qformer | dict(dim=192, n_heads=6, n_queries=32),
     decoder=CPU.decoder | dict(dim=256, n_layers=4, n_heads=8, n_kv_heads=4, r=64, alpha=256.0),
     scenes=dict(n_colors=6, n_shapes=4, n_places=9, max_things=5), language_turns=3,
-    instruct_turns=6, batch_size=128, workers=4, save_every=2000, language_samples=110_000,
+    instruct_turns=6, batch_size=128, workers=4, save_every=400, language_samples=110_000,
     vision_samples=150_000, align_samples=16_000, instruct_samples=150_000)
 PRESETS = {"cpu": CPU, "gpu": GPU}
 
@@ -307,7 +307,7 @@ class Task:
         own = [index for i, index in enumerate(order) if i // size % world == rank]
         collate_fn = collate.pairs if stage == "vision" else collate.conversations
         return DataLoader(dataset, size, sampler=own[first_step * size:], num_workers=c.workers,
-                          collate_fn=collate_fn, pin_memory=torch.cuda.is_available())
+                          collate_fn=collate_fn, pin_memory=torch.cuda.is_initialized())
 
 
 def make_tokenizer(config: Config, task: Task) -> Tokenizer:
@@ -361,7 +361,8 @@ def augment(images: Tensor) -> Tensor:
     change[:, 0, 0] = torch.randint(0, 2, (N,)) * 2.0 - 1  # left to right, or as it is
     change[:, 1, 1] = 1.0
     change[:, :, 2] = torch.rand(N, 2) / 2 - 0.25  # in halves of a side
-    grid = nn.functional.affine_grid(change.to(images), images.shape, align_corners=False)
+    change = change.to(images.device, non_blocking=True)
+    grid = nn.functional.affine_grid(change, images.shape, align_corners=False)
     return nn.functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
@@ -379,10 +380,7 @@ class StageLoss(nn.Module):
 
     def forward(self, batch: dict[str, Tensor], step: int = 0) -> Tensor:
         """A batch of `Collate` -> nats per token (of ITC and ITM: per pair)."""
-        device = next(self.model.parameters()).device
-        for name in batch.keys() - {"input_ids", "labels"}:  # the model counts in these, see there
-            batch[name] = batch[name].to(device, non_blocking=True)
-        # Own pictures alone: in scenes "left" would become a lie.
+        # Own pictures only: in a flipped scene the answer "left" would be wrong.
         if self.config.augment and self.config.data and len(batch["images"]):
             batch = batch | {"images": augment(self.model.normalize(batch["images"]))}
         if self.stage == "vision":
@@ -391,9 +389,13 @@ class StageLoss(nn.Module):
         return self.model(batch["input_ids"], images, batch["labels"])[1]
 
     def vision_loss(self, batch: dict[str, Tensor], step: int) -> Tensor:
-        c, qformer, text = self.config, self.model.qformer, batch["text"]
+        c, qformer = self.config, self.model.qformer
         image_features = self.model.image_features(batch["images"])  # (B, P, Dv)
-        loss, queries = qformer.itg_loss(image_features, batch["to_generate"], batch["targets"])
+        device = image_features.device
+        text = batch["text"].to(device, non_blocking=True)  # (B, T)
+        loss, queries = qformer.itg_loss(
+            image_features, batch["to_generate"].to(device, non_blocking=True),
+            batch["targets"].to(device, non_blocking=True))
         if step % c.contrast_every or not (c.itc_weight or c.itm_weight):
             return loss
         n = max(2, len(text) // 4)
@@ -411,7 +413,7 @@ def token_share(batch: dict[str, Tensor], pad_id: int, device: torch.device) -> 
     targets, ignored = batch.get("labels"), IGNORED
     if "targets" in batch:
         targets, ignored = batch["targets"], pad_id
-    n = (targets[:, 1:] != ignored).sum().to(device)
+    n = (targets[:, 1:] != ignored).sum().to(device, non_blocking=True)
     return n * rank_and_world()[1] / sum_of_all(n.clone())
 
 
@@ -432,8 +434,9 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """`torch.optim.Muon` with `match_rms_adamw`, but all matrices of one shape go through batched
-    products: a GPU is given far fewer kernels to start. Source: arXiv 2502.16982, section 2.2."""
+    """Momentum made orthogonal: a matrix moves in all directions at the same rate, where a gradient
+    goes mostly into few. Equals `torch.optim.Muon` with `match_rms_adamw`, but matrices of one
+    shape share batched products: a GPU starts fewer kernels. Source: arXiv 2502.16982."""
 
     @torch.no_grad()
     def step(self) -> None:
@@ -457,8 +460,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model: MLLM, config: Config, stage: str) -> list[torch.optim.Optimizer]:
-    """Muon for the trainable hidden matrices, AdamW for all else that is trainable. On these small
-    models Muon reaches in one pass what AdamW does not in many."""
+    """Muon for the trainable hidden matrices (of two dimensions, but no embedding and no head),
+    AdamW for all else that is trainable. Here Muon learns in one pass what AdamW does not in many.
+    """
     hidden, others = {}, {}  # groups of parameters by rate and weight decay
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -527,7 +531,7 @@ def train_stage(model: MLLM, stage: str, task: Task, collate: Collate, config: C
         loss.backward()
         norm = nn.utils.clip_grad_norm_(trainable, config.clip)
         loss = sum_of_all(loss.detach()) / world
-        value = (loss + 0 * norm).item()  # here alone a step waits for the GPU
+        value = (loss + 0 * norm).item()  # NaN, too, if a gradient is not finite; waits for the GPU
         losses.append(value if math.isfinite(value) else math.nan)
         for optimizer in optimizers:
             if not math.isnan(losses[-1]):
@@ -535,8 +539,7 @@ def train_stage(model: MLLM, stage: str, task: Task, collate: Collate, config: C
             optimizer.zero_grad(set_to_none=True)
         check(len(losses) < 10 or not all(map(math.isnan, losses[-10:])),
               f"{stage}: no loss was finite in ten steps up to step {step}; try a lower rate")
-        if step % 8 == 0:
-            bar.set_postfix_str(f"loss {losses[-1]:.4f}, lr {groups[0]['lr']:.1e}")
+        bar.set_postfix_str(f"loss {value:.4f}, lr {groups[0]['lr']:.1e}", refresh=False)
         if (step + 1) % config.save_every == 0 and step + 1 < steps and rank == 0:
             save_file({"run": asdict(config), "stage": stage, "losses": losses,
                        "seconds": time.time() - start, "model": model.state_dict(),
@@ -597,7 +600,7 @@ def answer(model: MLLM, questions: list[Sample], collate: Collate, config: Confi
         prompts.append(torch.tensor(ids))
     model.eval()
     with autocast(device, config):
-        tokens = list(model.generate(prompts, images.to(device), ANSWER_TOKENS, end))
+        tokens = list(model.generate(prompts, images, ANSWER_TOKENS, end))
     rows = torch.stack(tokens, dim=1).tolist()
     return [collate.tokenizer.decode(row[:[*row, end].index(end)]).strip() for row in rows]
 
@@ -619,11 +622,11 @@ def score(questions: list[Sample], answers: list[str]) -> dict[str, float]:
 def examine(model: MLLM, samples: Dataset, collate: Collate, config: Config):
     """The questions, with the pictures of the first hundred alone, and {"right", "blind", "floor":
     answers}: the model's, those that it gives when shown somebody else's picture, and the most
-    frequent answer to each kind of question. A model that never looks can be right half of the
-    time: what it owes to the picture is right - blind, and floor needs no model at all."""
+    frequent answer to each kind of question. Without looking one can be right half of the time.
+    Only right - blind is due to the picture."""
     asked, counts, questions = single_questions(samples), defaultdict(Counter), []
     given = {"right": [], "blind": []}
-    while some := [question for _, question in zip(range(100), asked)]:
+    while some := [question for _, question in zip(range(100), asked)]:  # the next hundred
         given["right"] += answer(model, some, collate, config)
         given["blind"] += answer(model, some, collate, config, blind=True)
         # Photographs are large: those of all questions would not fit in memory.
@@ -762,8 +765,6 @@ def check_config(config: Config) -> None:
     check(not config.qformer_folder or bool(config.vit_folder),
           "BLIP-2's Q-Former needs the features of its own ViT: give --vit, too")
     check(config.bf16 or not config.half_frozen, "half_frozen needs bf16: types would not match")
-    check(not config.bf16 or not torch.cuda.is_available() or torch.cuda.is_bf16_supported(False),
-          "this GPU has no bfloat16 of its own, which would be slow: --set bf16=false")
     world = rank_and_world()[1]
     check(config.batch_size % world == 0, f"batch_size must divide into {world} parts")
 
@@ -819,7 +820,7 @@ def finish(stages: list[str], task: Task, tokenizer: Tokenizer, config: Config, 
             checkpoint = load_file(out / f"{stage}.pt")
             losses[stage], seconds[stage] = checkpoint["losses"], checkpoint["seconds"]
     draw_curves(losses, out / "curves.png")
-    ends = {stage: sum(values[-40:]) / len(values[-40:]) for stage, values in losses.items()}
+    ends = {stage: torch.tensor(values[-40:]).nanmean().item() for stage, values in losses.items()}
     seconds["evaluate"] = spent
     metrics |= {"seconds": sum(seconds.values()), "seconds_by_stage": seconds, "loss_at_end": ends}
     (out / "metrics.json").write_text(json.dumps(metrics | {"config": asdict(config)}, indent=2))
@@ -833,15 +834,17 @@ def main() -> None:
     out, device = arguments.out, join_processes(torch.device(arguments.device))
     is_first = rank_and_world()[0] == 0
     check(device.type != "cuda" or torch.cuda.is_available(), "there is no CUDA device")
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a new plan for each length of text
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans anew for each length
     out.mkdir(parents=True, exist_ok=True)
     state = load_file(out / "resume.pt", ["run"]) if arguments.resume else None
     config = Config(**state["run"]) if state else settings(arguments)
+    check(device.type != "cuda" or not config.bf16 or torch.cuda.is_bf16_supported(False),
+          "this GPU has no bfloat16 of its own, which would be slow: --set bf16=false")
     needed, task = stages_of(config), Task(config)
     stages = [arguments.stage] if arguments.stage else needed
     if state:
         stages = needed[needed.index(state["stage"]):]
-    check({*stages} <= {*needed, "evaluate"}, f"{stages[0]!r} makes a stand-in for what is given")
+    check({*stages} <= {*needed, "evaluate"}, f"{stages[0]!r} is not needed: weights are given")
     if stages[0] == needed[0] and not state and is_first:
         make_tokenizer(config, task).save(out / "tokenizer.json")
         (out / "resume.pt").unlink(missing_ok=True)  # of an earlier run

@@ -3,7 +3,6 @@
     python tests/ablate.py recipes       what is trainable when, and what that does to plain text
     python tests/ablate.py connectors    how many rows stand for a picture, and what makes them
     python tests/ablate.py losses        what ITC and ITM add to ITG
-    python tests/ablate.py size          pictures larger than those trained on
     python tests/ablate.py rank          rank of the adapters
     python tests/ablate.py attention     how much of the Q-Former's attention falls on things
 
@@ -49,7 +48,6 @@ TABLES = {
     "rank": (ANSWERS + COSTS, [
         (f"r = {r}", "", f"--recipe plora --set decoder.r={r} --set decoder.alpha={4 * r}")
         for r in (1, 4, 32, 128)]),
-    "size": (("patches",) + ANSWERS, []),  # its runs are those of `larger_pictures`
     "attention": ((), []),  # of a run, see `attention`
 }
 
@@ -91,16 +89,6 @@ class Runner:
             folders = [pool.submit(self.run, "run", ["align", "instruct"], f"{first} {more}",
                                    vision[first].result()) for _, first, more in runs]
             return [(label, folder.result()) for (label, *_), folder in zip(runs, folders)]
-
-
-def larger_pictures(runner: Runner) -> list[tuple[str, Path]]:
-    """(label, folder) of a run, and of its model shown pictures of 1.5 and 2 times the side."""
-    trained = runner.run_all([("", "", "")])[0][1]
-    side = load_file(trained / "instruct.pt")["run"]["vit"]["image_size"][0]
-    return [(f"{side}, as trained", trained)] + [
-        (f"{larger}, interpolated", runner.run("larger", ["evaluate"],
-                                               f"--image-size {larger} {larger}", trained))
-        for larger in (3 * side // 2, 2 * side)]
 
 
 # ---- Measuring what a run left behind --------------------------------------------------------
@@ -165,8 +153,7 @@ def measure(folder: Path, columns: tuple[str, ...]) -> dict:
            "reading": metrics["reading_accuracy"], "vision seconds": spent["vision"],
            "seconds": spent["align"] + spent["instruct"], "rows": model.config.n_rows(size),
            "trainable": sum(sizes[part] for part in train.shares_of(config, "instruct")),
-           "connector parameters": sizes["qformer"] + sizes["projector"],
-           "patches": size[0] * size[1] // config.vit["patch_size"] ** 2}
+           "connector parameters": sizes["qformer"] + sizes["projector"]}
     if "text ppl" in columns:
         row |= text_drift(folder, config)
     if "recall@1" in columns:
@@ -188,7 +175,7 @@ def attention(folder: Path, n: int = 500) -> list[dict]:
                    for side in zip(*pictures))
     is_thing = (full != empty).any(dim=1, keepdim=True).float()  # (n, 1, height, width)
     covered = nn.functional.avg_pool2d(is_thing, patch).flatten(1)  # (n, P)
-    torch.manual_seed(0)
+    torch.manual_seed(config.seed)
     for label, model in (("before vision", MLLM(train.model_config(config, "vision", tokenizer))),
                          ("after vision", MLLM.load(folder / "vision.pt")),
                          ("after instruct", MLLM.load(folder / "instruct.pt"))):
@@ -196,7 +183,8 @@ def attention(folder: Path, n: int = 500) -> list[dict]:
         for i, of_queries in enumerate(maps.unbind(dim=1)):
             on = (of_queries @ covered[..., None])[..., 0] / of_queries.sum(dim=-1)  # (n, Q)
             on = on.mean(dim=0)
-            rows.append({"": f"{label}, block {2 * i}", "mean query": on.mean().item(),
+            block = i * config.qformer["cross_attention_every"]
+            rows.append({"": f"{label}, block {block}", "mean query": on.mean().item(),
                          "least": on.min().item(), "most": on.max().item(),
                          "pixels": covered.mean().item(),
                          "class token": 1 - of_queries.sum(dim=-1).mean().item()})
@@ -217,7 +205,7 @@ def main() -> None:
     if arguments.table == "attention":
         rows = attention(runner.run_all([("", "", "")])[0][1])
     else:
-        done = runner.run_all(runs) if runs else larger_pictures(runner)
+        done = runner.run_all(runs)
         rows = [{"": label} | measure(folder, columns) for label, folder in done]
     write(rows, arguments.out / f"{arguments.table}.json")
 

@@ -67,7 +67,8 @@ def write(rows: list[dict], path: Path) -> None:
 class Setting:
     """A stage of the preset with changes: its data, its fresh model, its optimizers."""
 
-    def __init__(self, stage: str, config: train.Config = CONFIG, **sizes: dict):
+    def __init__(self, stage: str, config: train.Config | None = None, **sizes: dict):
+        config = config or CONFIG
         sizes = {part: getattr(config, part) | changes for part, changes in sizes.items()}
         self.config = replace(config, workers=0, **sizes)
         self.task = train.Task(self.config)
@@ -81,7 +82,7 @@ class Setting:
         self.loader = iter(self.task.batches(stage, self.collate))
 
     def batch(self) -> dict[str, Tensor]:
-        return {name: tensor.to(DEVICE) for name, tensor in next(self.loader).items()}
+        return next(self.loader)
 
     def loss(self, batch: dict[str, Tensor], step: int = 0) -> Tensor:
         with train.autocast(DEVICE, self.config):

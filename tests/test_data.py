@@ -429,7 +429,7 @@ def test_curves_are_drawn_even_of_losses_that_are_no_numbers(tmp_path):
         assert sheet.size == (720, 240) and len(sheet.getcolors()) > 9
 
 
-def test_running_the_file_draws_a_sheet_and_prints_one_sample(tmp_path, monkeypatch, capsys):
+def test_running_the_file_draws_a_sheet_and_prints_two_turns(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data.main()
     with Image.open(tmp_path / "scenes.png") as sheet:

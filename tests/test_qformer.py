@@ -167,7 +167,7 @@ def test_similarity_is_the_best_cosine_divided_by_the_temperature(monkeypatch):
     monkeypatch.setattr(model, "itc_text", nn.Identity())
     # The summary token is the first; the second row of each text must not count.
     texts = torch.tensor([[[3.0, 0.0], [9.0, 9.0]], [[6.0, 8.0], [9.0, 9.0]]])
-    monkeypatch.setattr(model, "forward", lambda text: texts)
+    monkeypatch.setattr(model, "forward", lambda text, kind: texts)
     images = torch.tensor([[[2.0, 0.0], [-1.0, 0.0]], [[0.0, -1.0], [0.0, 5.0]]])
     model.temperature.data.fill_(0.1)
     # Cosines by hand: image 0 points along x, image 1 along y; text 1 is (0.6, 0.8).
