@@ -424,6 +424,7 @@ class MLLM(nn.Module):
             raise ValueError(f"no connector {config.connector!r} or lora_on {config.lora_on!r}")
         self.config = c = config
         self.vit = ViT(**c.vit)
+        # BLIP-2's norm between a ViT, published without it, and the Q-Former.
         self.ln_vision = nn.Identity() if c.vit.get("post_norm") else nn.LayerNorm(c.vit["dim"])
         is_merged = c.connector in MERGED
         self.qformer = PatchMerge(MERGED[c.connector]) if is_merged else QFormer(**c.qformer)

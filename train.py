@@ -141,7 +141,13 @@ GPU = replace(
     scenes=dict(n_colors=6, n_shapes=4, n_places=9, max_things=5), language_turns=3,
     instruct_turns=6, batch_size=128, workers=4, save_every=400, language_samples=110_000,
     vision_samples=150_000, align_samples=16_000, instruct_samples=150_000)
-PRESETS = {"cpu": CPU, "gpu": GPU}
+TINY = replace(  # all stages in forty seconds, for a first look and after a change
+    CPU, vit=CPU.vit | dict(image_size=(32, 32), n_layers=2),
+    qformer=CPU.qformer | dict(n_queries=8),
+    decoder=CPU.decoder | dict(dim=128, n_heads=4, n_kv_heads=4),
+    scenes=dict(n_colors=3, n_shapes=2, n_places=3, max_things=2), language_samples=8_000,
+    vision_samples=5_000, align_samples=1_200, instruct_samples=5_000, eval_samples=200)
+PRESETS = {"cpu": CPU, "gpu": GPU, "tiny": TINY}
 
 
 def connector_of(config: Config) -> str:
