@@ -42,7 +42,7 @@ def test_the_commands_parse_and_name_known_settings(monkeypatch):
 
 def test_every_flag_named_in_text_is_one_of_the_program():
     named = set(re.findall(r"--[a-z][a-z-]*", "".join(re.findall(r"`[^`\n]+`", README))))
-    source = (ROOT / "train.py").read_text()
+    source = (ROOT / "train.py").read_text() + (ROOT / "sample.py").read_text()
     known = set(re.findall(r"--[a-z][a-z-]*", source)) | {f"--{name.replace('_', '-')}"
                                                           for name in train.FLAGS}
     assert len(named) > 10 and named <= known | {"--local-dir", "--nproc"}
