@@ -247,13 +247,15 @@ def test_itc_and_itm_train_their_heads_in_one_step_of_so_many_unless_without_wei
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_optimizers_have_no_frozen_parameter_and_one_group_for_each_rate_and_decay(stage):
-    config = config_of("weight_decay=0.1")
-    model, listed = model_of(config, stage)[0], []
+    config, listed = config_of("weight_decay=0.1"), []
+    model, collate, task = model_of(config, stage)
     for optimizer in train.make_optimizers(model, config, stage):
         groups = optimizer.param_groups
         listed += [id(parameter) for group in groups for parameter in group["params"]]
         assert len({(group["peak"], group["weight_decay"]) for group in groups}) == len(groups)
     assert sorted(listed) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    train.StageLoss(model, stage, config)(next(iter(task.batches(stage, collate)))).backward()
+    assert {id(p) for p in model.parameters() if p.grad is not None} <= {*listed}
 
 
 def test_muon_steps_as_torch_s_own_does_bit_by_bit():
@@ -405,7 +407,8 @@ def test_metrics_hold_every_promised_number_and_the_pictures_exist(finished):
     metrics = json.loads((finished / "metrics.json").read_text())
     assert metrics.keys() >= {"qa_accuracy", "qa_accuracy_blind", "qa_accuracy_floor", "seconds",
                               "qa_accuracy_unseen", "description_exact", "reading_accuracy"}
-    assert metrics["seconds_by_stage"].keys() == {*metrics["loss_at_end"], "evaluate"}
+    assert metrics["seconds_by_stage"].keys() == {*STAGES, "evaluate"}
+    assert metrics["loss_at_end"].keys() == {*STAGES}
     assert all(Image.open(finished / name).width > 300 for name in ("curves.png", "samples.png"))
 
 
