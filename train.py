@@ -100,16 +100,17 @@ class Config:
     language_samples: int = 36_000
     vision_samples: int = 32_000
     align_samples: int = 6_400
-    instruct_samples: int = 34_000
+    instruct_samples: int = 28_800
     eval_samples: int = 1000
     batch_size: int = 64                 # samples for each step of the optimizer
     language_lr: float = 3.5e-3          # peak learning rates of the stages
     vision_lr: float = 6e-3
     align_lr: float = 6e-3
-    instruct_lr: float = 8e-3
-    ffn_lr: float = 0.1                  # share for the decoder's feed-forward nets, see README
+    instruct_lr: float = 4e-3
+    ffn_lr: float = 0.1                  # share for feed-forward nets of Q-Former and decoder
     own_lr: float = 0.25                 # share for ViT and Q-Former on own pictures, see README
-    vision_adamw_lr: float = 0.5         # share for what is no hidden matrix in ViT and Q-Former
+    muon: bool = True                    # for hidden matrices; without it AdamW trains them, too
+    vision_adamw_lr: float = 0.5         # share for what AdamW trains in ViT and Q-Former
     itc_weight: float = 0.1              # of the losses beside ITG; 0 leaves one out
     itm_weight: float = 0.1
     contrast_every: int = 4              # ITC and ITM run in one step of so many
@@ -473,10 +474,11 @@ def make_optimizers(model: MLLM, config: Config, stage: str) -> list[torch.optim
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        part, is_hidden = part_of(name), parameter.ndim == 2
+        part, is_hidden = part_of(name), config.muon and parameter.ndim == 2
         is_hidden = is_hidden and "embedding" not in name and "head" not in name
         rate = getattr(config, f"{stage}_lr") * shares_of(config, stage)[part]
-        if part == "decoder" and name.split(".")[-2] in ("w1", "w2", "w3"):
+        # At the full rate these nets learn by heart which colours no circle in training had.
+        if part != "adapters" and re.search(r"_ffn\.|\.w[123]\.", name):
             rate *= config.ffn_lr
         if not is_hidden and part in ("vit", "qformer"):
             rate *= config.vision_adamw_lr
