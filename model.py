@@ -605,32 +605,26 @@ def load_file(path: str | Path, needed: Collection[str] = (), device: str = "cpu
 
 
 def main() -> None:
-    torch.manual_seed(0)
     model = MLLM(ModelConfig(
         vit=dict(image_size=48, patch_size=8, dim=128, n_layers=4, n_heads=4),
         qformer=dict(dim=128, n_layers=2, n_heads=4, n_queries=16, encoder_width=128),
         projector=dict(in_dim=128, out_dim=192),
         decoder=dict(vocab_size=1024, dim=192, n_layers=3, n_heads=6, r=32)))
-    x = images = torch.zeros(1, 3, 48, 48)
-    for name in ("vit", "ln_vision", "qformer", "projector"):
-        print(f"{name:10} {tuple(x.shape)} -> ", end="")
-        x = getattr(model, name)(x)
-        print(tuple(x.shape))
-    ids = torch.tensor([[5, 6, *[1] * 16, 7, 8]])  # 16 placeholders among words
-    x, is_image = model.embed(ids, images)
-    print(f"embed      {tuple(ids.shape)} -> {tuple(x.shape)}, {is_image.sum()} rows of the image")
-    logits, loss = model(ids, images, torch.where(ids == 8, ids, -100))  # 8 is the answer
-    print(f"logits {tuple(logits.shape)} of the trained position, loss {loss:.2f}, ln V = "
-          f"{math.log(1024):.2f}\n\nParameters at the sizes of the papers, counted without memory:")
-    with torch.device("meta"):
-        for name, part in {
-                "EVA-CLIP ViT-g/14 (1.0 billion)": ViT(224, 14, 1408, 39, 16, mlp_ratio=4.3637),
-                "BLIP-2's Q-Former (188 million)": QFormer(768, 12, 12, 32, 1408, vocab_size=30523),
-                "Vicuna-7B (6.7 billion)": GPT(32000, 4096, 32, 32, ffn_dim=11008)}.items():
-            sizes = {"own": 0, "adapters": 0}
-            for key, value in part.named_parameters():
-                sizes["adapters" if "lora_" in key else "own"] += value.numel()
-            print(f"{name:32} {sizes['own']:13,}, adapters {sizes['adapters']:,}")
+    for name, part in model.named_children():
+        part.register_forward_hook(lambda part, inputs, y, name=name: print(
+            f"{name:10} {tuple(inputs[0].shape)} -> {tuple(y.shape)}"))
+    ids = torch.tensor([[5, 6, *[1] * 16, 7, 8]])  # 16 placeholders among words; 8 is the answer
+    _, loss = model(ids, torch.zeros(1, 3, 48, 48), torch.where(ids == 8, ids, -100))
+    print(f"loss of the answer {loss:.2f}, ln V = {math.log(1024):.2f}\nParameters of the papers:")
+    with torch.device("meta"):  # shapes without memory
+        papers = {"EVA-CLIP ViT-g/14 (1.0 billion)": ViT(224, 14, 1408, 39, 16, mlp_ratio=4.3637),
+                  "BLIP-2's Q-Former (188 million)": QFormer(768, 12, 12, 32, 1408,
+                                                             vocab_size=30523),
+                  "Vicuna-7B (6.7 billion)": GPT(32000, 4096, 32, 32, ffn_dim=11008)}
+    for name, part in papers.items():
+        adapters = sum(p.numel() for key, p in part.named_parameters() if "lora_" in key)
+        own = sum(p.numel() for p in part.parameters()) - adapters
+        print(f"{name:32} {own:13,}, adapters {adapters:,}")
 
 
 if __name__ == "__main__":
