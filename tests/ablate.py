@@ -4,11 +4,11 @@
     python tests/ablate.py connectors    how many rows stand for a picture, and what makes them
     python tests/ablate.py losses        what ITC and ITM add to ITG
     python tests/ablate.py rank          rank of the adapters
+    python tests/ablate.py optimizer     Muon against AdamW alone, from `vision` on
     python tests/ablate.py attention     how much of the Q-Former's attention falls on things
 
-Each run is one of train.py with the flags in `TABLES`, half of the preset's `align` and `instruct`
-long; runs share stage 0 unless it is what they change. Writes NAME.json and a folder for each run
-to out/ablate/, where what is done is not done again. Other flags go to every train.py.
+Each run has the flags in `TABLES` and half of the preset's `align` and `instruct`; runs share stage
+0 unless they change it. Writes to out/ablate/ and repeats nothing. Other flags go to train.py.
 """
 import argparse
 import json
@@ -48,6 +48,10 @@ TABLES = {
     "rank": (ANSWERS + COSTS, [
         (f"r = {r}", "", f"--recipe plora --set decoder.r={r} --set decoder.alpha={4 * r}")
         for r in (1, 4, 32, 128)]),
+    "optimizer": (("vision seconds", "ITG nats") + ANSWERS, [("Muon", "", "")] + [
+        (f"AdamW, rates x {x}", f"--set muon=false --set vision_lr={6e-3 * x:g} "
+         f"--set align_lr={6e-3 * x:g} --set instruct_lr={4e-3 * x:g}", "")
+        for x in (1, 0.3, 0.1)]),
     "attention": ((), []),  # of a run, see `attention`
 }
 
@@ -156,7 +160,7 @@ def measure(folder: Path, columns: tuple[str, ...]) -> dict:
            "connector parameters": sizes["qformer"] + sizes["projector"]}
     if "text ppl" in columns:
         row |= text_drift(folder, config)
-    if "recall@1" in columns:
+    if "ITG nats" in columns:
         row |= sight(folder, config)
     return {name: row[name] for name in columns}
 

@@ -34,7 +34,7 @@ def table(monkeypatch, out, name):
 
 
 def test_a_table_runs_each_stage_once_with_the_flags_of_its_rows(monkeypatch, tmp_path):
-    monkeypatch.setitem(ablate.TABLES, "mine", (("trainable", "rows", "recall@1", *ablate.DRIFT), [
+    monkeypatch.setitem(ablate.TABLES, "mine", (("trainable", "rows", "ITG nats", *ablate.DRIFT), [
         ("a", "", "--recipe plora"), ("b", "", "--recipe plora --set decoder.r=4"),
         ("c", "--set qformer.n_queries=3", "--recipe lora")]))
     (a, b, c), stages = table(monkeypatch, tmp_path, "mine")
