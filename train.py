@@ -1,4 +1,4 @@
-"""Train the model: `python train.py`, five minutes on two CPU cores, no downloads.
+"""Train the model: `python train.py`, six minutes on two CPU cores, no downloads.
 
     stage      trained on                 what it stands for
     language   text                       a pretrained language model
