@@ -474,17 +474,17 @@ def make_optimizers(model: MLLM, config: Config, stage: str) -> list[torch.optim
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        part, is_hidden = part_of(name), config.muon and parameter.ndim == 2
-        is_hidden = is_hidden and "embedding" not in name and "head" not in name
+        part = part_of(name)
+        by_muon = config.muon and parameter.ndim == 2 and not re.search("embedding|head", name)
         rate = getattr(config, f"{stage}_lr") * shares_of(config, stage)[part]
-        # At the full rate these nets learn by heart which colours no circle in training had.
+        # At the full rate feed-forward nets learn by heart which colours no circle has had.
         if part != "adapters" and re.search(r"_ffn\.|\.w[123]\.", name):
             rate *= config.ffn_lr
-        if not is_hidden and part in ("vit", "qformer"):
+        if not by_muon and part in ("vit", "qformer"):
             rate *= config.vision_adamw_lr
         decay = config.weight_decay if parameter.ndim > 1 else 0.0
         group = dict(params=[], lr=rate, peak=rate, weight_decay=decay)
-        groups = hidden if is_hidden else others
+        groups = hidden if by_muon else others
         groups.setdefault((rate, decay), group)["params"].append(parameter)
     optimizers = []
     if hidden:

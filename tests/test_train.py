@@ -279,15 +279,15 @@ def test_muon_steps_as_torch_s_own_does_bit_by_bit():
 @pytest.mark.parametrize("stage, muon, expected", [
     ("instruct", "true", {
         "decoder.blocks.0.attention.wqkv.weight": 0.1, "decoder.blocks.0.w1.weight": 0.05,
-        "decoder.blocks.0.w1.lora_A": 1.0, "vit.blocks.0.norm1.weight": 0.03}),
+        "decoder.blocks.0.w1.lora_A": 1.0, "projector.0.weight": 1.0,
+        "vit.blocks.0.qkv.weight": 0.1, "vit.blocks.0.norm1.weight": 0.03}),
     ("vision", "true", {"qformer.itc_text.weight": 1.0, "qformer.blocks.0.text_ffn.0.weight": 0.5}),
     ("vision", "false", {"qformer.itc_text.weight": 0.3})])
 def test_each_parameter_is_trained_at_its_share_of_the_rate(stage, muon, expected):
     config = config_of("recipe=xcomposer2", f"{stage}_lr=1.0", "ffn_lr=0.5", "vision_adamw_lr=0.3",
                        f"muon={muon}")
     model, *_ = model_of(config, stage)
-    optimizers = train.make_optimizers(model, config, stage)
-    groups = sum((optimizer.param_groups for optimizer in optimizers), [])
+    groups = sum((each.param_groups for each in train.make_optimizers(model, config, stage)), [])
     peak = {id(parameter): group["peak"] for group in groups for parameter in group["params"]}
     for name, share in expected.items():
         assert peak[id(model.get_parameter(name))] == pytest.approx(share), name
