@@ -49,9 +49,9 @@ TABLES = {
         (f"r = {r}", "", f"--recipe plora --set decoder.r={r} --set decoder.alpha={4 * r}")
         for r in (1, 4, 32, 128)]),
     "optimizer": (("vision seconds", "ITG nats") + ANSWERS, [("Muon", "", "")] + [
-        (f"AdamW, rates x {x}", f"--set muon=false --set vision_lr={6e-3 * x:g} "
-         f"--set align_lr={6e-3 * x:g} --set instruct_lr={4e-3 * x:g}", "")
-        for x in (1, 0.3, 0.1)]),
+        (f"AdamW, rates x {x}", "--set muon=false" + "".join(
+            f" --set {stage}_lr={getattr(train.CPU, f'{stage}_lr') * x:g}"
+            for stage in train.STAGES[1:]), "") for x in (1, 0.3, 0.1)]),
     "attention": ((), []),  # of a run, see `attention`
 }
 
