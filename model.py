@@ -610,7 +610,7 @@ def main() -> None:
         qformer=dict(dim=128, n_layers=2, n_heads=4, n_queries=16, encoder_width=128),
         projector=dict(in_dim=128, out_dim=192),
         decoder=dict(vocab_size=1024, dim=192, n_layers=3, n_heads=6, r=32)))
-    for name, part in model.named_children():
+    for name, part in [("words", model.decoder.token_embedding), *model.named_children()]:
         part.register_forward_hook(lambda part, inputs, y, name=name: print(
             f"{name:10} {tuple(inputs[0].shape)} -> {tuple(y.shape)}"))
     ids = torch.tensor([[5, 6, *[1] * 16, 7, 8]])  # 16 placeholders among words; 8 is the answer
