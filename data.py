@@ -108,8 +108,8 @@ class SceneSpec:
 
 
 def random_things(spec: SceneSpec, rng: random.Random, held_out: bool = False) -> list[Thing]:
-    """1 to max_things things in reading order, of different pairs, in different cells; the pair of
-    one (if held_out) or of none is held out."""
+    """1 to max_things things in reading order, no two of one pair or in one cell. With held_out
+    exactly one of them has a held-out pair, else none."""
     n = rng.randint(1, spec.max_things)
     pairs = rng.sample(spec.training_pairs, n)
     if held_out:

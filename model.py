@@ -245,8 +245,9 @@ class GPTAttention(nn.Module):
     def look_back(self, rope_theta: float) -> None:
         """Start with head h attending to the token h + 1 places back, by query and key biases.
 
-        RoPE turns the biases with the position. Between tokens d places apart they score the sum
-        over channel pairs of amplitude^2 cos(theta_i (d - h - 1)), which is largest at d = h + 1.
+        RoPE turns the biases with the position. Head h then gives a token d places back the sum
+        over channel pairs of amplitude^2 cos(angle (d - h - 1)), where angle is by how much a pair
+        turns in one step. It is largest at d = h + 1.
         """
         one, distances = torch.ones(1, 1), torch.arange(1, self.n_heads + 1)[None]
         sine_of_one_step = rotation(one, self.head_dim, rope_theta)[1][0, 0]  # (1, Dh/2)
@@ -481,9 +482,9 @@ class MLLM(nn.Module):
         """The rows (B, T) that adapters change: with Partial LoRA those of images, with LoRA all.
         None (Partial LoRA without images): the plain decoder runs, which costs nothing extra.
 
-        With Partial LoRA the last block's image rows matter as keys and values alone, since text
-        rows read them and labels are on text: of that block's adapters only wqkv's has a gradient,
-        and of its lora_B only the rows of keys and values."""
+        In the last block text reads image rows as keys and values; after it nobody reads them,
+        since labels are on text. So with Partial LoRA only wqkv's adapter has a gradient there, and
+        of its lora_B only the rows of keys and values."""
         if self.config.lora_on == "all":
             return torch.ones_like(is_image)
         return is_image if has_images else None

@@ -6,7 +6,7 @@
 
 LoRA (arXiv 2106.09685, section 4.1) trains a rank-r delta beside a frozen matrix.
 InternLM-XComposer2 (arXiv 2401.16420, section 3) gives that delta to image tokens only: the
-language model learns to take in pictures, while every text token is computed exactly as before.
+language model learns to take in pictures, while text rows pass the layer exactly as before.
 
 Left out on purpose: merging the delta into W (it depends on the token, so it cannot be merged).
 
@@ -54,9 +54,11 @@ class PLoRALinear(nn.Linear):
     def reset_parameters(self) -> None:
         """A random, B zero: the delta starts at zero.
 
-        With A zero and B random it would, too. But the factor that is zero is the only one with a
-        gradient in the first step. Here that is B, so the delta may point in any direction. Were it
-        A, the delta could only point in the r random directions that B has.
+        With A zero and B random it would, too. In the first step only the factor that is zero has
+        a gradient. Here that is B: the layer reads x along A's r random directions and learns at
+        once where to write. The other way round it would learn what to read, but could only write
+        along B's r random directions. Both work; with A random larger learning rates are stable
+        (arXiv 2406.08447).
         """
         super().reset_parameters()
         if hasattr(self, "lora_A"):  # nn.Linear calls this before they exist

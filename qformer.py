@@ -117,9 +117,9 @@ def feed_forward(dim: int, ffn_dim: int) -> nn.Sequential:
 
 class QFormerBlock(nn.Module):
     """Self-attention for all, cross-attention for queries (if there is an encoder_width), then a
-    FFN for queries and one for text (if has_text): rows of both kinds must fit one attention to
-    read each other, but what is to be done with each row alone differs. Post-LN: sublayers end in
-    `norm(x + dropout(sublayer(x)))`."""
+    FFN for queries and one for text (if has_text). They share self-attention to read each other. A
+    FFN treats each row alone, and a query (what is in the picture?) needs other treatment than a
+    word (what comes next?). Post-LN: sublayers end in `norm(x + dropout(sublayer(x)))`."""
 
     def __init__(self, dim: int, n_heads: int, ffn_dim: int, dropout: float,
                  encoder_width: int | None, has_text: bool, norm_eps: float = 1e-5):

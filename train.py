@@ -140,8 +140,8 @@ GPU = replace(
     qformer=CPU.qformer | dict(dim=192, n_heads=6, n_queries=32),
     decoder=CPU.decoder | dict(dim=256, n_layers=4, n_heads=8, n_kv_heads=4, r=64, alpha=256.0),
     scenes=dict(n_colors=6, n_shapes=4, n_places=9, max_things=5), language_turns=3,
-    instruct_turns=6, batch_size=128, workers=4, save_every=400, language_samples=110_000,
-    vision_samples=150_000, align_samples=16_000, instruct_samples=150_000)
+    instruct_turns=6, workers=4, save_every=1000, language_samples=110_000,
+    vision_samples=150_000, align_samples=16_000, instruct_samples=120_000)
 TINY = replace(  # all stages in forty seconds, for a first look and after a change
     CPU, vit=CPU.vit | dict(image_size=(32, 32), n_layers=2),
     qformer=CPU.qformer | dict(n_queries=8),
@@ -181,9 +181,9 @@ def steps_of(config: Config, stage: str) -> int:
 def model_config(config: Config, stage: str, tokenizer: Tokenizer) -> ModelConfig:
     """The model of a stage.
 
-    In stage 0 our own Q-Former has a text half, which goes after it, and its last block: text
-    attends to the queries on their way *into* each block, so nothing but ITC and ITM, which can do
-    without details, shapes what leaves the last one.
+    In stage 0 our own Q-Former has a text half and one more block, which go after it. In each block
+    text reads the query rows before that block changes them. So ITG never trains the query rows
+    that leave the last block; only ITC and ITM do, which can do without details.
     """
     c, connector = config, "qformer" if stage in STAGE_0 else connector_of(config)
     qformer = c.qformer | {"encoder_width": c.vit["dim"]}
@@ -377,8 +377,8 @@ class StageLoss(nn.Module):
     """The loss of a stage: next tokens of the answers; in `vision` BLIP-2's three losses (arXiv
     2301.12597, section 3.1).
 
-    Differs: ITC and ITM run in one step of `contrast_every`, on a quarter of the batch, since ITM
-    costs three passes, and weigh less, since on scenes this simple generation teaches more.
+    Differs: ITC and ITM run in one step of `contrast_every` and on a quarter of the batch, since
+    ITM takes three passes. They weigh less, since on scenes this simple ITG teaches more.
     """
 
     def __init__(self, model: MLLM, stage: str, config: Config):
@@ -415,8 +415,8 @@ class StageLoss(nn.Module):
 
 
 def token_share(batch: dict[str, Tensor], pad_id: int, device: torch.device) -> Tensor:
-    """The trained tokens of this process over their mean in all processes: DistributedDataParallel
-    takes the mean of gradients over processes, where the mean over tokens is wanted."""
+    """The factor for the loss of this process: its trained tokens over their mean in all processes.
+    DistributedDataParallel averages over processes; with this factor over all tokens."""
     targets, ignored = batch.get("labels"), IGNORED
     if "targets" in batch:
         targets, ignored = batch["targets"], pad_id
@@ -468,8 +468,7 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model: MLLM, config: Config, stage: str) -> list[torch.optim.Optimizer]:
     """Muon for the trainable hidden matrices (of two dimensions, but no embedding and no head),
-    AdamW for all else that is trainable. Here Muon learns in one pass what AdamW does not in many.
-    """
+    AdamW for all else that is trainable. From as many samples Muon learns far more here."""
     hidden, others = {}, {}  # groups of parameters by rate and weight decay
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -630,7 +629,7 @@ def score(questions: list[Sample], answers: list[str]) -> dict[str, float]:
 def examine(model: MLLM, samples: Dataset, collate: Collate, config: Config):
     """The questions, with the pictures of the first hundred alone, and {"right", "blind", "floor":
     answers}: the model's, those that it gives when shown somebody else's picture, and the most
-    frequent answer to each kind of question. Without looking one can be right half of the time.
+    frequent answer to each kind of question. Yes or no is right half of the time without looking.
     Only right - blind is due to the picture."""
     asked, counts, questions = single_questions(samples), defaultdict(Counter), []
     given = {"right": [], "blind": []}
