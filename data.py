@@ -85,8 +85,9 @@ class SceneSpec:
     max_things: int = 3
 
     def __post_init__(self):
+        most_things = min(self.n_places, (self.n_colors - 1) * self.n_shapes)  # of different pairs
         limits = {"n_colors": (2, len(COLORS)), "n_shapes": (1, len(SHAPES)),
-                  "n_places": (1, len(CELLS)), "max_things": (1, self.n_places)}
+                  "n_places": (1, len(CELLS)), "max_things": (1, most_things)}
         for name, (least, most) in limits.items():
             value = getattr(self, name)
             check(least <= value <= most, f"scenes.{name} must be {least} to {most}, not {value}")
@@ -482,15 +483,13 @@ class Tokenizer:
 IGNORED = -100  # the label that cross-entropy skips
 
 
-def plain_text(sample: Sample) -> str:
-    """All questions and answers of a sample, without its images."""
-    text = " ".join(text for turn in sample.turns for text in turn)
-    return " ".join(text.replace("<image>", " ").split())
-
-
 def corpus(samples: Dataset, at_most: int = 5000) -> list[str]:
-    """The texts of the first samples, to train a tokenizer on."""
-    return [" " + plain_text(samples[i]) for i in range(min(len(samples), at_most))]
+    """Questions and answers of the first samples, to train a tokenizer on."""
+    texts = []
+    for i in range(min(len(samples), at_most)):
+        text = " ".join(text for turn in samples[i].turns for text in turn)
+        texts.append(" " + " ".join(text.replace("<image>", " ").split()))
+    return texts
 
 
 def encode_turns(tokenizer: Tokenizer, turns: list[tuple[str, str | None]], n_rows: int,
@@ -562,27 +561,27 @@ class Collate:
                 "labels": pad_sequence(labels, True, IGNORED), "images": self.images(samples)}
 
     def pairs(self, samples: list[Sample]) -> dict[str, Tensor]:
-        """{"images" (B, 3, height, width), "text", "to_generate" and "targets" (B, T)}: each first
+        """{"images" (B, 3, height, width), "text", "to_generate" and "labels" (B, T)}: each first
         image and its text, for the Q-Former's losses. Text begins with <s>, whose row sums it up,
-        or <dec>, the sign to generate it, and ends with ###. targets: what is to be generated,
-        answers alone; elsewhere padding."""
+        or <dec>, the sign to generate it, and ends with ###. labels: what is to be generated,
+        answers alone; elsewhere -100."""
         mark, rows = self.tokenizer, []
         for sample in samples:
-            ids, targets = [mark.summary], [mark.pad]
+            ids, labels = [mark.summary], [IGNORED]
             for question, answer in sample.turns:
                 words = question.replace("<image>", " ").split()
                 asked = mark.encode(mark.space + " ".join(words)) if words else []
                 told = mark.encode(mark.space + answer.strip())
                 ids += asked + told
-                targets += [mark.pad] * len(asked) + told
-            rows.append([(*row[:self.max_len - 1], mark.end) for row in (ids, targets)])
-        text, targets = (pad_sequence([torch.tensor(row) for row in side], True, mark.pad)
-                         for side in zip(*rows))
+                labels += [IGNORED] * len(asked) + told
+            rows.append([(*row[:self.max_len - 1], mark.end) for row in (ids, labels)])
+        ids, labels = ([torch.tensor(row) for row in side] for side in zip(*rows))
+        text = pad_sequence(ids, True, mark.pad)
         to_generate = text.clone()
         to_generate[:, 0] = mark.dec
         firsts = [replace(sample, images=sample.images[:1]) for sample in samples]
         return {"images": self.images(firsts), "text": text, "to_generate": to_generate,
-                "targets": targets}
+                "labels": pad_sequence(labels, True, IGNORED)}
 
 
 # ---- Conversations: your own data ------------------------------------------------------------
@@ -642,9 +641,9 @@ def as_record(file: str, question: str, answer: str) -> dict:
         {"from": "human", "value": f"<image> {question}"}, {"from": "gpt", "value": answer}]}
 
 
-def clean_caption(text: str, min_words: int = 5) -> str:
+def clean_caption(text: str) -> str:
     """A caption fit to be imitated: without markup, meaningless signs, repeated sentences and an
-    unfinished last one; "" if fewer than min_words words are left.
+    unfinished last one; "" if fewer than five words are left.
 
     "A dog runs. ### A dog runs. It is brown!!! The gras" becomes "A dog runs. It is brown!".
     Source: arXiv 2304.10592, section 3.2. Differs: rules alone, nothing is asked of ChatGPT.
@@ -661,7 +660,7 @@ def clean_caption(text: str, min_words: int = 5) -> str:
             kept.append(" ".join(sentence.split()))
         known.add(words)
     text = " ".join(kept)
-    return text if len(re.findall(r"\w+", text)) >= min_words else ""
+    return text if len(re.findall(r"\w+", text)) >= 5 else ""
 
 
 def read_captions(path: Path) -> list[dict]:
@@ -833,10 +832,10 @@ def draw_curves(losses: dict[str, list[float]], path: Path) -> None:
 # The sizes in a config.json of each family, with those that it may leave out.
 CLIP = {"image_size": 224, "patch_size": 32, "hidden_size": 768, "num_hidden_layers": 12,
         "num_attention_heads": 12, "intermediate_size": 3072, "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5, "qkv_bias": True}
+        "layer_norm_eps": 1e-5}
 EVA = {"image_size": 224, "patch_size": 14, "hidden_size": 1408, "num_hidden_layers": 39,
        "num_attention_heads": 16, "intermediate_size": 6144, "hidden_act": "gelu",
-       "layer_norm_eps": 1e-6, "qkv_bias": True}
+       "layer_norm_eps": 1e-6}
 BLIP2 = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
          "intermediate_size": 3072, "layer_norm_eps": 1e-12, "encoder_hidden_size": 1408,
          "cross_attention_frequency": 2, "num_query_tokens": 32}
@@ -850,8 +849,9 @@ OURS = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_he
         "hidden_act": "activation", "layer_norm_eps": "norm_eps", "rms_norm_eps": "norm_eps",
         "encoder_hidden_size": "encoder_width", "tie_word_embeddings": "tied",
         "cross_attention_frequency": "cross_attention_every", "num_query_tokens": "n_queries"}
-KNOWN = {"hidden_act": ("gelu", "quick_gelu", "silu"), "attention_bias": (False,),
-         "use_sliding_window": (False,), "rope_type": ("default",), "type": ("default",)}
+KNOWN = {"hidden_act": ("gelu", "quick_gelu", "silu"), "qkv_bias": (True,),
+         "attention_bias": (False,), "use_sliding_window": (False,), "rope_type": ("default",),
+         "type": ("default",)}
 
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}

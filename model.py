@@ -64,12 +64,12 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
 class ViTBlock(nn.Module):
     """Pre-LN transformer block without a mask: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, dim: int, n_heads: int, mlp_dim: int, qkv_bias: bool, activation: str,
+    def __init__(self, dim: int, n_heads: int, mlp_dim: int, activation: str,
                  drop_path_rate: float, norm_eps: float = 1e-6):
         super().__init__()
         self.n_heads, self.drop_path_rate = n_heads, drop_path_rate
         self.norm1, self.norm2 = nn.LayerNorm(dim, norm_eps), nn.LayerNorm(dim, norm_eps)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = nn.Linear(dim, 3 * dim)
         self.out_proj = nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, mlp_dim), ACTIVATIONS[activation](),
                                  nn.Linear(mlp_dim, dim))
@@ -85,14 +85,13 @@ class ViTBlock(nn.Module):
 
 def resize_positions(positions: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
     """A position embedding for another (rows, columns) grid of patches, by bicubic interpolation:
-    (1, P [+ 1], Dv) -> (1, P' [+ 1], Dv). The class token's position, if any, stays first."""
+    (1, 1 + P, Dv) -> (1, 1 + P', Dv). The class token's position, the first, stays."""
     if new_grid == grid:
         return positions
-    n_patches = grid[0] * grid[1]
-    patches = positions[:, -n_patches:].unflatten(1, grid).permute(0, 3, 1, 2).float()
+    patches = positions[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2).float()
     patches = F.interpolate(patches, new_grid, mode="bicubic")  # (1, Dv, rows, columns)
     patches = patches.flatten(2).transpose(1, 2).to(positions.dtype)  # (1, P', Dv)
-    return torch.cat([positions[:, :-n_patches], patches], dim=1)
+    return torch.cat([positions[:, :1], patches], dim=1)
 
 
 class ViT(nn.Module):
@@ -106,10 +105,9 @@ class ViT(nn.Module):
     """
 
     def __init__(self, image_size: int | tuple[int, int], patch_size: int, dim: int, n_layers: int,
-                 n_heads: int, mlp_ratio: float = 4.0, class_token: bool = True,
-                 qkv_bias: bool = True, pre_norm: bool = False, post_norm: bool = False,
-                 activation: str = "gelu", norm_eps: float = 1e-6, drop_path_rate: float = 0.0,
-                 use_grad_checkpoint: bool = False):
+                 n_heads: int, mlp_ratio: float = 4.0, pre_norm: bool = False,
+                 post_norm: bool = False, activation: str = "gelu", norm_eps: float = 1e-6,
+                 drop_path_rate: float = 0.0, use_grad_checkpoint: bool = False):
         super().__init__()
         if dim % n_heads:
             raise ValueError(f"dim {dim} must be a multiple of n_heads {n_heads}")
@@ -118,25 +116,19 @@ class ViT(nn.Module):
         self.grid = self.grid_of(height, width)
         # CLIP has no bias here, since its norm comes next.
         self.patch_embedding = nn.Conv2d(3, dim, patch_size, stride=patch_size, bias=not pre_norm)
-        self.class_token = nn.Parameter(torch.empty(1, 1, dim)) if class_token else None
-        n_positions = self.grid[0] * self.grid[1] + class_token
+        self.class_token = nn.Parameter(torch.empty(1, 1, dim))
+        n_positions = 1 + self.grid[0] * self.grid[1]
         self.position_embedding = nn.Parameter(torch.empty(1, n_positions, dim))
         self.pre_norm = nn.LayerNorm(dim, norm_eps) if pre_norm else nn.Identity()
         self.blocks = nn.ModuleList()
         for i in range(n_layers):  # deeper blocks are dropped more often
             rate = drop_path_rate * i / max(n_layers - 1, 1)
-            self.blocks.append(ViTBlock(dim, n_heads, round(dim * mlp_ratio), qkv_bias, activation,
-                                        rate, norm_eps))
+            self.blocks.append(ViTBlock(dim, n_heads, round(dim * mlp_ratio), activation, rate,
+                                        norm_eps))
         self.post_norm = nn.LayerNorm(dim, norm_eps) if post_norm else nn.Identity()
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Positions and class token N(0, 0.3), as large as the patches; matrices N(0, 1 / fan-in),
-        but 0 where MLPs write to the residual stream; biases 0."""
-        for name, parameter in self.named_parameters():
-            if name in ("position_embedding", "class_token"):
-                nn.init.normal_(parameter, std=0.3)
-        init_linears(self, zero="mlp.2")
+        for parameter in (self.class_token, self.position_embedding):
+            nn.init.normal_(parameter, std=0.3)  # as large as the patches
+        init_linears(self, zero="mlp.2")  # 0 where MLPs write to the residual stream
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """The rows and columns of patches in an image of this size: (10, 40) for a height of 100
@@ -148,11 +140,10 @@ class ViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images (N, 3, height, width), pixels in [-1, 1] or as published weights want them ->
-        (N, P [+ 1], Dv), the class token first."""
+        (N, 1 + P, Dv), the class token first."""
         grid = self.grid_of(*images.shape[2:])
         x = self.patch_embedding(images).flatten(2).transpose(1, 2)  # (N, P, Dv)
-        if self.class_token is not None:
-            x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1)
+        x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1)
         x = self.pre_norm(x + resize_positions(self.position_embedding, self.grid, grid))
         for block in self.blocks:
             if self.use_grad_checkpoint and torch.is_grad_enabled():
@@ -175,8 +166,7 @@ class PatchMerge(nn.Module):
         self.n = n
 
     def forward(self, image_features: Tensor) -> Tensor:
-        N, P, Dv = image_features[:, 1:].shape
-        return image_features[:, 1:].reshape(N, P // self.n, self.n * Dv)  # (N, P / n, n Dv)
+        return image_features[:, 1:].unflatten(1, (-1, self.n)).flatten(2)  # (N, P / n, n Dv)
 
 
 def make_projector(in_dim: int, out_dim: int, kind: str = "linear", hidden_dim: int = 0,
@@ -249,12 +239,11 @@ class GPTAttention(nn.Module):
         over channel pairs of amplitude^2 cos(angle (d - h - 1)), where angle is by how much a pair
         turns in one step. It is largest at d = h + 1.
         """
-        one, distances = torch.ones(1, 1), torch.arange(1, self.n_heads + 1)[None]
-        sine_of_one_step = rotation(one, self.head_dim, rope_theta)[1][0, 0]  # (1, Dh/2)
-        # Pairs that hardly turn cannot tell one distance from another: they get no amplitude. The
-        # others get enough for softmax to choose one token.
-        amplitude = 4.0 * (sine_of_one_step > 0.3)
+        distances = torch.arange(1, self.n_heads + 1)[None]
         cos, sin = rotation(distances, self.head_dim, rope_theta)  # (1, H, 1, Dh/2)
+        # Pairs that hardly turn in one step cannot tell one distance from another: they get no
+        # amplitude. The others get enough for softmax to choose one token.
+        amplitude = 4.0 * (sin[0, 0] > 0.3)  # (1, Dh/2)
         cos, sin = amplitude * cos[0, :, 0], amplitude * sin[0, :, 0]  # (H, Dh/2)
         q_bias = torch.cat([cos, -sin], dim=-1)  # (H, Dh)
         k_bias = torch.cat([amplitude, 0 * amplitude], dim=-1).expand(self.n_kv_heads, -1)
@@ -325,19 +314,13 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(dim, vocab_size, bias=False)
         if tied:
             self.lm_head.weight = self.token_embedding.weight
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Embeddings N(0, 1), so that blocks add to them rather than drown them; matrices N(0, 1 /
-        fan-in), but 0 where the feed-forward networks write to the residual stream.
-
-        To answer from what was said before, a decoder must look back. Small ones find that late, so
-        the first block starts with it, if it has biases.
-        """
-        init_linears(self, zero="w2")
+        # Embeddings stay N(0, 1), so that blocks add to them rather than drown them.
+        init_linears(self, zero="w2")  # 0 where w2 writes to the residual stream
         nn.init.normal_(self.lm_head.weight, std=0.02)
-        if self.blocks[0].attention.wqkv.bias is not None:
-            self.blocks[0].attention.look_back(self.rope_theta)
+        # To answer from what was said before, a decoder must look back. Small ones find that late,
+        # so the first block starts with it, if it has biases.
+        if qkv_bias:
+            self.blocks[0].attention.look_back(rope_theta)
 
     def new_cache(self, batch_size: int, length: int) -> list[Tensor]:
         """Room for the keys and values of L tokens: for each block (2, B, L, Hkv, Dh) of zeros."""
@@ -579,10 +562,10 @@ class MLLM(nn.Module):
         save_file({"config": asdict(self.config), "model": self.state_dict(), **extra}, path)
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "MLLM":
+    def load(cls, path: str | Path) -> "MLLM":
         """The model that `save` wrote. Raises as `load_file` does."""
-        state = load_file(path, ["config", "model"], device)
-        model = cls(ModelConfig(**state["config"])).to(device)
+        state = load_file(path, ["config", "model"])
+        model = cls(ModelConfig(**state["config"]))
         model.load_state_dict(state["model"])
         return model
 
@@ -593,11 +576,11 @@ def save_file(content: dict, path: str | Path) -> None:
     os.replace(f"{path}.part", path)
 
 
-def load_file(path: str | Path, needed: Collection[str] = (), device: str = "cpu") -> dict:
+def load_file(path: str | Path, needed: Collection[str] = ()) -> dict:
     """What `save_file` wrote. Runs no code from the file. Raises FileNotFoundError, or ValueError
     for another file, or one without the keys needed."""
     try:
-        content = torch.load(path, map_location=device, weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path}: not a whole checkpoint ({str(error)[:200]})") from error
     if missing := set(needed) - set(content):

@@ -180,25 +180,17 @@ class QFormer(nn.Module):
             self.position_embedding = nn.Embedding(max_text_len, dim)
             self.itc_image = nn.Linear(dim, itc_dim)
             self.itc_text = nn.Linear(dim, itc_dim)
-            self.temperature = nn.Parameter(torch.empty(()))
+            self.temperature = nn.Parameter(torch.tensor(0.07))
             self.itm_head = nn.Linear(dim, 2)
             self.lm_head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(),
                                          nn.LayerNorm(dim, norm_eps), nn.Linear(dim, vocab_size))
             self.lm_head[-1].weight = self.word_embedding.weight  # tied, as in BERT
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Queries and embeddings N(0, 0.02), matrices N(0, 1 / fan-in), biases 0, temperature 0.07.
-
-        Differs: BERT draws matrices from N(0, 0.02), too, which is far too small at width 128.
-        """
         nn.init.normal_(self.query_tokens, std=0.02)
+        # Differs: BERT draws matrices from N(0, 0.02), too, which is far too small at width 128.
         init_linears(self)
-        if self.has_text:
-            # After the linears, since the head shares the weight of the words.
-            for embedding in (self.word_embedding, self.position_embedding):
-                nn.init.normal_(embedding.weight, std=0.02)
-            nn.init.constant_(self.temperature, 0.07)
+        if self.has_text:  # after the linears, since the head shares the weight of the words
+            nn.init.normal_(self.word_embedding.weight, std=0.02)
+            nn.init.normal_(self.position_embedding.weight, std=0.02)
 
     def forward(self, image_features: Tensor | None = None, text: Tensor | None = None,
                 kind: str = "joint") -> Tensor:
@@ -272,18 +264,16 @@ class QFormer(nn.Module):
         return F.cross_entropy(logits.float(), is_pair.long())
 
     def itg_loss(self, image_features: Tensor, text: Tensor,
-                 targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                 labels: Tensor) -> tuple[Tensor, Tensor]:
         """Image-grounded generation: predict each text token from queries and the tokens before.
 
-        image_features (B, P, Dv); text (B, T), which begins with <dec>, the sign to write; targets
-        (B, T): the tokens of text to predict, and padding for the others; None: all. Returns the
-        loss in nats per token and the query rows (B, Q, Dq), which text never moves.
+        image_features (B, P, Dv); text (B, T), which begins with <dec>, the sign to write; labels
+        (B, T): the tokens of text to predict, -100 for the others. Returns the loss in nats per
+        token and the query rows (B, Q, Dq), which text never moves.
         """
-        targets = text if targets is None else targets
         x = self(image_features, text, "causal")  # (B, S, Dq)
         logits = self.lm_head(x[:, self.n_queries:-1])  # (B, T - 1, V)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets[:, 1:].flatten(),
-                               ignore_index=self.pad_id)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten())
         return loss, x[:, :self.n_queries]
 
 

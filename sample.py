@@ -52,7 +52,7 @@ def fresh_scene(run: dict, seed: int | None, path: Path) -> Image.Image:
 @torch.no_grad()
 def attention_maps(model: MLLM, images: Tensor) -> Tensor:
     """How much each query attends to each patch in each cross-attention, the mean over heads:
-    pixels (N, 3, height, width) -> (N, cross-attentions, Q, P [+ 1]), the class token first."""
+    pixels (N, 3, height, width) -> (N, cross-attentions, Q, 1 + P), the class token first."""
     maps = []
 
     def keep(attention, inputs, _) -> None:
@@ -79,7 +79,7 @@ def draw_attention(model: MLLM, image: Image.Image, path: Path) -> None:
     pictures, texts = [image.resize((width, height))], ["the picture"]
     for i, of_queries in enumerate(attention_maps(model, pixels)[0].cpu()):
         for query, weights in enumerate(of_queries):
-            patches = weights[-model.vit.grid[0] * model.vit.grid[1]:].view(model.vit.grid)
+            patches = weights[1:].view(model.vit.grid)  # without the class token
             light = Image.fromarray((255 * patches / patches.max()).byte().numpy())
             light = light.resize((width, height), Image.Resampling.NEAREST)
             pictures.append(Image.composite(pictures[0], Image.new("RGB", (width, height)), light))
@@ -109,7 +109,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans anew for each length
-    model = MLLM.load(args.out / "instruct.pt", args.device).eval()
+    model = MLLM.load(args.out / "instruct.pt").to(args.device).eval()
     tokenizer = Tokenizer.load(args.out / "tokenizer.json")
     asked = Sample([read_image(path) for path in args.image], [])
     if not asked.images:

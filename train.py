@@ -257,7 +257,7 @@ def start_of(config: Config, stage: str, tokenizer: Tokenizer, out: Path) -> tup
     # A published ViT may come without `ln_vision`.
     missing = [name for name in missing if part_of(name) in trained and "ln_vision" not in name]
     check(not missing + unknown, f"weights do not fit: missing {missing}, left over {unknown}")
-    used = {"language": {"decoder"}, "vision": {"vit", "qformer"}}.get(stage, {*PARTS})
+    used = {*STAGE_0.get(stage, PARTS)}
     # Adapters may start anew while they are frozen: their B is zero.
     fresh = used & {part_of(name) for name in names} - {"adapters", *trained}
     check(fresh <= {*shares_of(config, stage)}, f"{fresh} would stay frozen with random numbers in "
@@ -402,7 +402,7 @@ class StageLoss(nn.Module):
         text = batch["text"].to(device, non_blocking=True)  # (B, T)
         loss, queries = qformer.itg_loss(
             image_features, batch["to_generate"].to(device, non_blocking=True),
-            batch["targets"].to(device, non_blocking=True))
+            batch["labels"].to(device, non_blocking=True))
         if step % c.contrast_every or not (c.itc_weight or c.itm_weight):
             return loss
         n = max(2, len(text) // 4)
@@ -414,13 +414,10 @@ class StageLoss(nn.Module):
         return loss
 
 
-def token_share(batch: dict[str, Tensor], pad_id: int, device: torch.device) -> Tensor:
+def token_share(batch: dict[str, Tensor], device: torch.device) -> Tensor:
     """The factor for the loss of this process: its trained tokens over their mean in all processes.
     DistributedDataParallel averages over processes; with this factor over all tokens."""
-    targets, ignored = batch.get("labels"), IGNORED
-    if "targets" in batch:
-        targets, ignored = batch["targets"], pad_id
-    n = (targets[:, 1:] != ignored).sum().to(device, non_blocking=True)
+    n = (batch["labels"][:, 1:] != IGNORED).sum().to(device, non_blocking=True)
     return n * rank_and_world()[1] / sum_of_all(n.clone())
 
 
@@ -534,7 +531,7 @@ def train_stage(model: MLLM, stage: str, task: Task, collate: Collate, config: C
         with autocast(device, config):
             loss = loss_of(batch, step)
         if world > 1:
-            loss = loss * token_share(batch, collate.tokenizer.pad, device)
+            loss = loss * token_share(batch, device)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(trainable, config.clip)
         loss = sum_of_all(loss.detach()) / world
@@ -761,8 +758,9 @@ def settings(arguments: argparse.Namespace) -> Config:
 
 def check_config(config: Config) -> None:
     """Raises ValueError for settings that cannot work."""
-    counts = ["batch_size", "contrast_every", "save_every", "eval_samples"]
-    for name in counts + [f"{stage}_samples" for stage in STAGES]:
+    counts = ["batch_size", "contrast_every", "save_every", "eval_samples", "language_turns",
+              "instruct_turns", *(f"{stage}_samples" for stage in STAGES)]
+    for name in counts:
         check(getattr(config, name) > 0, f"{name} must be at least 1, got {getattr(config, name)}")
     for name, value, known in (("recipe", config.recipe, RECIPES),
                                ("connector", config.connector or "qformer", CONNECTORS)):
@@ -774,6 +772,8 @@ def check_config(config: Config) -> None:
     check(config.bf16 or not config.half_frozen, "half_frozen needs bf16: types would not match")
     world = rank_and_world()[1]
     check(config.batch_size % world == 0, f"batch_size must divide into {world} parts")
+    check(config.batch_size > world or not config.itm_weight,
+          "ITM needs two samples in each process: raise batch_size or --set itm_weight=0.0")
 
 
 def run_stage(stage: str, task: Task, tokenizer: Tokenizer, config: Config, out: Path,
@@ -819,7 +819,7 @@ def rehearse(stages: list[str], task: Task, tokenizer: Tokenizer, config: Config
 def finish(stages: list[str], task: Task, tokenizer: Tokenizer, config: Config, out: Path,
            device: torch.device) -> None:
     """Examine the model, draw the curves of its stages, write metrics.json."""
-    start, model = time.time(), MLLM.load(out / "instruct.pt", device)
+    start, model = time.time(), MLLM.load(out / "instruct.pt").to(device)
     metrics = evaluate(model, task, collate_for(model, tokenizer, config), config, out)
     spent, losses, seconds = time.time() - start, {}, {}
     for stage in stages:

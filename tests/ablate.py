@@ -124,7 +124,7 @@ def sight(folder: Path, config: train.Config, n: int = 500, among: int = 100) ->
     for start in range(0, n, among):
         batch = collate.pairs([scenes[i] for i in range(start, start + among)])
         features, text = model.image_features(batch["images"]), batch["text"]
-        itg, queries = model.qformer.itg_loss(features, batch["to_generate"], batch["targets"])
+        itg, queries = model.qformer.itg_loss(features, batch["to_generate"], batch["labels"])
         found = model.qformer.similarity(queries, text).argmax(dim=1)
         own = (text[found] == text).all(dim=1).float().mean()  # some scenes share their text
         sums += torch.stack([itg, own, itm_accuracy(model.qformer, features, text, queries)])

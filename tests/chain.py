@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train  # noqa: E402
-from data import CLASS, Sample  # noqa: E402
+from data import CLASS, IGNORED, Sample  # noqa: E402
 from model import MLLM  # noqa: E402
 
 PLAIN = "plain classifier: mean of the patches, one linear layer"
@@ -44,11 +44,11 @@ def class_scores(model: MLLM, images: Tensor, classes: dict[str, Tensor]) -> Ten
     if isinstance(model.qformer, nn.Linear):
         return model.qformer(features.mean(dim=1)).float()
     scores = []
-    for text, targets in zip(classes["to_generate"], classes["targets"][:, 1:]):
+    for text, labels in zip(classes["to_generate"], classes["labels"][:, 1:]):
         rows = model.qformer(features, text.expand(len(images), -1), "causal")
         logits = model.qformer.lm_head(rows[:, model.qformer.n_queries:-1]).float()
-        likelihood = logits.log_softmax(dim=-1)[:, torch.arange(len(targets)), targets]
-        scores.append((likelihood * (targets != model.config.pad_id)).sum(dim=1))
+        likelihood = logits.log_softmax(dim=-1)[:, torch.arange(len(labels)), labels.clamp(min=0)]
+        scores.append((likelihood * (labels != IGNORED)).sum(dim=1))
     return torch.stack(scores, dim=1)
 
 

@@ -16,7 +16,7 @@ BUGS = [  # what is wrong, the line to change, what to make of it, the test that
      "nn.init.zeros_(self.lora_B)", "nn.init.normal_(self.lora_B)",
      "test_plora.py::test_a_fresh_adapter_changes_nothing_and_yet_gets_a_gradient"),
     ("A parameter stays uninitialised memory", "model.py",
-     "                nn.init.normal_(parameter, std=0.3)", "                pass",
+     "            nn.init.normal_(parameter, std=0.3)", "            pass",
      "test_model.py::test_a_fresh_model_leaves_no_parameter_uninitialised"),
     ("A branch on the mask waits for the device and breaks graph capture", "plora.py",
      "        if is_image.shape != x.shape[:-1]:", "        if is_image.sum() < 0:",

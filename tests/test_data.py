@@ -191,7 +191,8 @@ def test_each_task_puts_the_picture_where_it_says():
                 assert answer == (describe(things) if whole else slow_answer(things, question))
 
 
-@pytest.mark.parametrize("sizes", [{"n_colors": 7}, {"n_shapes": 0}, {"max_things": 6}])
+@pytest.mark.parametrize("sizes", [{"n_colors": 7}, {"n_shapes": 0}, {"max_things": 6},
+                                   {"max_things": 2, "n_colors": 2, "n_shapes": 1}])
 def test_scenes_that_cannot_be_made_are_refused_by_name(sizes):
     with pytest.raises(ValueError, match=f"scenes.{[*sizes][0]} must be"):
         SceneSpec(**sizes)
@@ -318,7 +319,7 @@ def test_language_leaves_pictures_out_and_vision_records_without_one(tmp_path):
     ("A price < 5 dollars and a big > 3 cat.", "A price 5 dollars and a big 3 cat."),
     ("A dog runs.", ""), ("a dog runs on the green grass", ""), ("", "")])
 def test_captions_are_cleaned_as_by_hand(text, cleaned):
-    assert clean_caption(text, min_words=4) == clean_caption(cleaned, min_words=4) == cleaned
+    assert clean_caption(text) == clean_caption(cleaned) == cleaned
 
 
 def test_annotations_are_cleaned_and_answer_an_instruction(tmp_path):
@@ -392,11 +393,12 @@ def test_pairs_hold_the_first_image_and_all_that_is_said_about_it():
     samples = [Sample([RED, BLUE], [("<image> <image>", "ab")]),
                Sample([BLUE], [("<image>q", "a"), ("b", "c")])]
     batch = COLLATE.pairs(samples)
-    rest = [[*byte_ids(" ab"), 4, 0, 0, 0, 0, 0], [*byte_ids(" q a b c"), 4]]
+    first = [*byte_ids(" ab"), 4]
+    rest = [[*first, 0, 0, 0, 0, 0], [*byte_ids(" q a b c"), 4]]
     assert batch["text"].tolist() == [[2, *row] for row in rest]  # <s>
     assert batch["to_generate"].tolist() == [[3, *row] for row in rest]  # <dec>
-    asked = [0, 0, *byte_ids(" a"), 0, 0, *byte_ids(" c"), 4]  # questions are not generated
-    assert batch["targets"].tolist() == [[0, *rest[0]], [0, *asked]]
+    asked = [-100, -100, *byte_ids(" a"), -100, -100, *byte_ids(" c"), 4]  # answers alone
+    assert batch["labels"].tolist() == [[-100, *first, *[-100] * 5], [-100, *asked]]
     assert batch["images"][:, :, 0, 0].tolist() == [[255, 0, 0], [0, 0, 255]]
     short = Collate(BYTES, 2, (2, 4), max_len=5).pairs(samples[1:])["text"]
     assert short.tolist() == [[2, *byte_ids(" q "), 4]]  # the end is never cut off

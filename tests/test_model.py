@@ -47,14 +47,13 @@ def make_gpt(**options):
 
 # ---- ViT, connectors, projector --------------------------------------------------------------
 
-@pytest.mark.parametrize("n_class", [0, 1])
-def test_interpolated_positions_keep_rows_columns_and_the_class_token(n_class):
+def test_interpolated_positions_keep_rows_columns_and_the_class_token():
     patches = torch.cartesian_prod(torch.arange(2.0), torch.arange(3.0))[None]   # (row, column)
-    learned = torch.cat([torch.full((1, n_class, 2), 5.0), patches], dim=1)
+    learned = torch.cat([torch.full((1, 1, 2), 5.0), patches], dim=1)
     assert torch.equal(resize_positions(learned, (2, 3), (2, 3)), learned)
     grown = resize_positions(learned, (2, 3), (5, 4))
-    assert torch.equal(grown[:, :n_class], learned[:, :n_class])
-    rows, columns = grown[0, n_class:].view(5, 4, 2).unbind(dim=-1)
+    assert torch.equal(grown[:, :1], learned[:, :1])
+    rows, columns = grown[0, 1:].view(5, 4, 2).unbind(dim=-1)
     torch.testing.assert_close(rows, rows[:, :1].expand(5, 4))
     torch.testing.assert_close(columns, columns[:1].expand(5, 4))
     assert (rows[:, 0].diff() > 0).all() and (columns[0].diff() > 0).all()
@@ -72,7 +71,7 @@ def test_patches_stand_in_reading_order_behind_the_class_token():
 
 
 def test_vit_block_equals_that_of_torch():
-    ours = scramble(ViTBlock(16, 4, 24, qkv_bias=True, activation="gelu", drop_path_rate=0.0))
+    ours = scramble(ViTBlock(16, 4, 24, activation="gelu", drop_path_rate=0.0))
     theirs = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, activation="gelu", norm_first=True,
                                         layer_norm_eps=1e-6, batch_first=True)
     names = {"self_attn.in_proj_": "qkv.", "self_attn.out_proj.": "out_proj.", "linear1.": "mlp.0.",

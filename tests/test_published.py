@@ -36,7 +36,7 @@ PARITY = {
 LLAMA = dict(vocab_size=32000, dim=4096, n_layers=32, n_heads=32, ffn_dim=11008, n_kv_heads=None,
              norm_eps=1e-6, rope_theta=10_000, tied=False, qkv_bias=False)
 CLIP = dict(image_size=(224, 224), patch_size=32, dim=768, n_heads=12, n_layers=12, mlp_ratio=4,
-            activation="quick_gelu", norm_eps=1e-5, pre_norm=True, post_norm=False, qkv_bias=True)
+            activation="quick_gelu", norm_eps=1e-5, pre_norm=True, post_norm=False)
 EVA = CLIP | dict(patch_size=14, dim=1408, n_heads=16, n_layers=39, mlp_ratio=6144 / 1408,
                   activation="gelu", norm_eps=1e-6, pre_norm=False, post_norm=True)
 BLIP2 = dict(dim=768, n_layers=12, n_heads=12, ffn_dim=3072, n_queries=32, encoder_width=1408,

@@ -213,7 +213,7 @@ def test_itm_of_nan_features_gives_a_nan_and_no_error():
 def test_itg_loss_equals_a_slow_reference_and_skips_padding():
     model, (image, text) = make_qformer(), make_batch()
     text[1, 2:] = 0
-    loss, queries = model.itg_loss(image, text)
+    loss, queries = model.itg_loss(image, text, text.masked_fill(text == 0, -100))
     losses = []
     for b, length in enumerate([4, 2]):
         for t in range(length - 1):                       # later tokens are not even there
@@ -226,7 +226,7 @@ def test_itg_loss_equals_a_slow_reference_and_skips_padding():
 def test_the_three_losses_together_give_every_parameter_and_the_image_a_gradient():
     model, (image, text) = make_qformer(), make_batch()
     model.temperature.data.fill_(0.07)
-    itg, queries = model.itg_loss(image.requires_grad_(), text)
+    itg, queries = model.itg_loss(image.requires_grad_(), text, labels=text)
     similarity = model.similarity(queries, text)
     (itg + model.itc_loss(similarity) + model.itm_loss(image, text, similarity)).backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
