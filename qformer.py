@@ -180,7 +180,7 @@ class QFormer(nn.Module):
             self.position_embedding = nn.Embedding(max_text_len, dim)
             self.itc_image = nn.Linear(dim, itc_dim)
             self.itc_text = nn.Linear(dim, itc_dim)
-            self.temperature = nn.Parameter(torch.tensor(0.07))
+            self.temperature = nn.Parameter(torch.full((), 0.07))
             self.itm_head = nn.Linear(dim, 2)
             self.lm_head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(),
                                          nn.LayerNorm(dim, norm_eps), nn.Linear(dim, vocab_size))
