@@ -393,12 +393,11 @@ def test_pairs_hold_the_first_image_and_all_that_is_said_about_it():
     samples = [Sample([RED, BLUE], [("<image> <image>", "ab")]),
                Sample([BLUE], [("<image>q", "a"), ("b", "c")])]
     batch = COLLATE.pairs(samples)
-    first = [*byte_ids(" ab"), 4]
-    rest = [[*first, 0, 0, 0, 0, 0], [*byte_ids(" q a b c"), 4]]
+    rest = [[*byte_ids(" ab"), 4, 0, 0, 0, 0, 0], [*byte_ids(" q a b c"), 4]]
     assert batch["text"].tolist() == [[2, *row] for row in rest]  # <s>
     assert batch["to_generate"].tolist() == [[3, *row] for row in rest]  # <dec>
     asked = [-100, -100, *byte_ids(" a"), -100, -100, *byte_ids(" c"), 4]  # answers alone
-    assert batch["labels"].tolist() == [[-100, *first, *[-100] * 5], [-100, *asked]]
+    assert batch["labels"].tolist() == [[-100, *byte_ids(" ab"), 4, *[-100] * 5], [-100, *asked]]
     assert batch["images"][:, :, 0, 0].tolist() == [[255, 0, 0], [0, 0, 255]]
     short = Collate(BYTES, 2, (2, 4), max_len=5).pairs(samples[1:])["text"]
     assert short.tolist() == [[2, *byte_ids(" q "), 4]]  # the end is never cut off

@@ -194,6 +194,7 @@ def test_a_run_on_published_parts_needs_no_stage_0_and_keeps_frozen_weights(
 
 @pytest.mark.parametrize("more, message", [
     (["--batch-size=0"], "batch_size must be at least 1, got 0"),
+    (["--align-samples=-1"], "align_samples must be at least 1, got -1"),
     (["--batch-size=1"], "ITM needs two samples in each process"),
     (["scenes.n_colors=7"], "scenes.n_colors must be 2 to 6, not 7"),
     (["--recipe=blip3"], "unknown recipe 'blip3': use one of blip2_plora"),
