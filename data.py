@@ -77,7 +77,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class SceneSpec:
-    """How hard the scenes are: the first of `COLORS`, `SHAPES` and `CELLS`."""
+    """How hard the scenes are: how many of `COLORS`, `SHAPES` and `CELLS` occur, the first ones."""
     image_size: int = 48  # pixels, height and width
     n_colors: int = 5
     n_shapes: int = 4
@@ -224,7 +224,7 @@ class Sample:
     """One record of any source. turns: (question, answer); "<image>" stands for the next image."""
     images: list[Image.Image]  # in `Conversations.records` still their paths
     turns: list[tuple[str, str | None]]
-    kind: str = "answer"  # groups the answers in an examination
+    kind: str = "answer"  # groups the answers in an evaluation
     name: str = "sample"  # for error messages
     references: tuple[str, ...] = ()  # all right answers, if there are several
 
@@ -232,7 +232,7 @@ class Sample:
 class Scenes(Dataset):
     """Endless scenes: number i is always the same picture and text for the same arguments.
 
-    task: a training stage, or "question" or "describe" in an examination. split: "train", "test"
+    task: a training stage, or "question" or "describe" in an evaluation. split: "train", "test"
     (other pictures of the same pairs) or "unseen" (a held-out pair in each, and asked for).
     """
 
@@ -493,7 +493,7 @@ def corpus(samples: Dataset, at_most: int = 5000) -> list[str]:
 
 
 def encode_turns(tokenizer: Tokenizer, turns: list[tuple[str, str | None]], n_rows: int,
-                 max_len: int, name: str = "sample") -> tuple[list[int], list[int]]:
+                 max_len: int = 10**9, name: str = "sample") -> tuple[list[int], list[int]]:
     """A conversation as (ids, labels), in MiniGPT-4's template (arXiv 2304.10592, section 3.2):
 
         <s>###Human: <Img>(n_rows placeholders)</Img> What color is the circle?###Assistant: red###
@@ -668,8 +668,11 @@ def read_captions(path: Path) -> list[dict]:
     a line. A picture always gets the same instruction."""
     records = []
     if path.suffix == ".json":
-        for record in read_json(path)["annotations"]:
-            file, text = f"{record.get('image_id')}.jpg", clean_caption(record.get("caption", ""))
+        content = read_json(path)
+        check("annotations" in content, f"{path}: expected 'annotations', a list of records")
+        for record in content["annotations"]:
+            file, text = f"{record.get('image_id')}.jpg", record.get("caption") or ""
+            text = clean_caption(text)
             if text:
                 records.append(as_record(file, random.Random(file).choice(DESCRIBE), text))
         print(f"{path}: {len(records)} captions are left after cleaning")
@@ -717,12 +720,12 @@ class Conversations(Dataset):
     """
 
     def __init__(self, path: str | Path, folder: str = "", skip_bad: bool = False):
-        path, self.records, self.task = Path(path), [], ""
+        path, self.records = Path(path), []
         files = [path / name for name in ("filter_cap.json", "captions.txt")]
         path = next((file for file in files if file.is_file()), path)
-        base = path if path.is_dir() else path.parent
-        beside = [base / name for name in ("images", "image", "Images", ".")]
-        folder = Path(folder or next(one for one in beside if one.is_dir()))
+        beside = [path.parent / name for name in ("images", "image", "Images")]
+        nearest = next((one for one in beside if one.is_dir()), path.parent)
+        folder = Path(folder or (path if path.is_dir() else nearest))
         for i, record in enumerate(read_records(path)):
             try:
                 parsed = parse_record(record, folder, f"{path} record {i}")
@@ -751,9 +754,13 @@ class Conversations(Dataset):
         """The same records as another task wants them; for "test" all answers to one question about
         one picture are right (`references`)."""
         other, questions = copy.copy(self), {}
-        other.task = task
         if task == "vision":
             other.records = [record for record in self.records if record.images]
+        elif task == "language":
+            other.records = []
+            for record in self.records:
+                turns = [(text.replace("<image>", " "), answer) for text, answer in record.turns]
+                other.records.append(replace(record, images=(), turns=turns))
         elif task == "test":
             for record in self.records:
                 is_single = len(record.turns) == 1
@@ -771,9 +778,6 @@ class Conversations(Dataset):
 
     def __getitem__(self, i: int) -> Sample:
         record = self.records[i]
-        if self.task == "language":
-            turns = [(text.replace("<image>", " "), answer) for text, answer in record.turns]
-            return replace(record, images=[], turns=turns)
         return replace(record, images=[read_image(path, record.name) for path in record.images])
 
 

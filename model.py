@@ -29,7 +29,7 @@ import os
 import pickle
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -54,7 +54,7 @@ ACTIVATIONS = {"gelu": nn.GELU, "quick_gelu": QuickGELU, "relu": nn.ReLU, "silu"
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
     """In training, drop a residual branch for a random share `rate` of the samples and scale the
-    others by 1 / (1 - rate), so that the expectation stays. Source: arXiv 1603.09382."""
+    others by 1 / (1 - rate), so that the expected value stays. Source: arXiv 1603.09382."""
     if not training or rate == 0:
         return x
     is_kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= rate  # (B, 1, 1)
@@ -146,7 +146,7 @@ class ViT(nn.Module):
         x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1)
         x = self.pre_norm(x + resize_positions(self.position_embedding, self.grid, grid))
         for block in self.blocks:
-            if self.use_grad_checkpoint and torch.is_grad_enabled():
+            if self.use_grad_checkpoint:
                 # Activations inside the block are not kept; the backward pass computes them again.
                 x = checkpoint(block, x, use_reentrant=False)
             else:
@@ -338,8 +338,8 @@ class GPT(nn.Module):
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
         rope = rotation(positions, self.head_dim, self.rope_theta)
-        for i, block in enumerate(self.blocks):
-            x = block(x, positions, rope, is_image, cache[i] if cache is not None else None)
+        for block, slots in zip(self.blocks, cache or [None] * len(self.blocks)):
+            x = block(x, positions, rope, is_image, slots)
         return self.lm_head(self.norm(x[at] if at else x))
 
 
@@ -365,7 +365,7 @@ class ModelConfig:
     vit: dict
     projector: dict
     decoder: dict
-    qformer: dict = field(default_factory=dict)
+    qformer: dict
     connector: str = "qformer"
     lora_on: str = "image"               # rows that adapters change; "all" makes it plain LoRA
     max_len: int = 512                   # longest prompt + answer, in tokens, image rows included
@@ -432,15 +432,15 @@ class MLLM(nn.Module):
         return self
 
     @torch.no_grad()
-    def cast_frozen(self, dtype: torch.dtype) -> None:
-        """Keep frozen linear and convolution layers in another dtype, for half the memory; an
-        embedding tied to one goes with it, all else stays float32. Run it under autocast then.
+    def cast_frozen(self) -> None:
+        """Keep frozen linear and convolution layers in bfloat16, for half the memory; an embedding
+        tied to one goes with it, all else stays float32. Run it under autocast then.
         Source: `convert_weights_to_fp16` in the code of BLIP-2 and MiniGPT-4."""
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 for parameter in (module.weight, module.bias):
                     if parameter is not None and not parameter.requires_grad:
-                        parameter.data = parameter.data.to(dtype)
+                        parameter.data = parameter.data.bfloat16()
 
     def normalize(self, images: Tensor) -> Tensor:
         """Pixels (N, 3, height, width) uint8 as the ViT wants them, float32, on the device of the
@@ -502,10 +502,9 @@ class MLLM(nn.Module):
     def forward(self, input_ids: Tensor, images: Tensor | None, labels: Tensor | None = None):
         """input_ids (B, T) right-padded, images (N, 3, height, width), labels (B, T) or None.
 
-        All of them may be on the CPU; ids and labels should be, where counting makes nothing wait
-        for a GPU.
+        All may be on the CPU; ids and labels should be, so that counting them waits for no GPU.
         images None: text alone. An empty tensor of images instead keeps the adapters in the graph,
-        with gradients of zero. labels hold the id at each position, -100 where it is not trained.
+        with gradients of zero. labels hold the id at each position, -100 where there is no loss.
         Returns logits (B, T, V) and None; with labels the logits (N, V) of the trained positions
         alone, since a vocabulary is wide and answers are few, and the loss in nats per token.
         Padding needs no mask: it comes after all tokens, and attention looks back only.

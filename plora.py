@@ -82,9 +82,6 @@ class PLoRALinear(nn.Linear):
         low_rank = torch.where(is_image[..., None], low_rank * (self.alpha / self.r), 0.0)
         return y + F.linear(low_rank, self.lora_B)  # (..., out_features)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, r={self.r}, alpha={self.alpha}, dropout={self.dropout}"
-
 
 def main() -> None:
     torch.manual_seed(0)

@@ -227,7 +227,7 @@ class QFormer(nn.Module):
     def similarity(self, query_rows: Tensor, text: Tensor) -> Tensor:
         """How well each image fits each text: (B, B) cosines divided by the temperature, [i, j] of
         image i and text j. query_rows (B, Q, Dq) from `forward`; text (B, T) ids that begin with
-        <s>, whose output stands for the whole text. Of an image's queries the best counts."""
+        <s>, whose output stands for the whole text. An image is scored by its best query."""
         image = F.normalize(self.itc_image(query_rows), dim=-1)  # (B, Q, itc_dim)
         summary = self(text=text, kind="separate")[:, 0]  # (B, Dq)
         words = F.normalize(self.itc_text(summary), dim=-1)  # (B, itc_dim)
@@ -253,7 +253,7 @@ class QFormer(nn.Module):
             raise ValueError(f"image-text matching needs wrong pairs: at least 2 samples, got {B}")
         itself = torch.eye(B, dtype=torch.bool, device=text.device)
         # multinomial would raise at NaN; this way the loss is NaN, and the loop skips the step.
-        odds = similarity.detach().float().nan_to_num().masked_fill(itself, float("-inf"))  # (B, B)
+        odds = similarity.detach().nan_to_num().masked_fill(itself, float("-inf"))  # (B, B)
         wrong_text = torch.multinomial(odds.softmax(dim=1), 1)[:, 0]  # (B,)
         wrong_image = torch.multinomial(odds.T.softmax(dim=1), 1)[:, 0]  # (B,)
         images = torch.cat([image_features, image_features[wrong_image], image_features])

@@ -27,7 +27,7 @@ def stream(model: MLLM, tokenizer: Tokenizer, asked: Sample, max_new_tokens: int
     """The answer to the last turn of what is asked, piece by piece as text. Raises ValueError when
     the conversation and its answer would not fit in the model."""
     size, answer, shown = model.config.vit["image_size"], [], ""
-    ids, _ = encode_turns(tokenizer, asked.turns, model.config.n_rows(size), max_len=10**9)
+    ids, _ = encode_turns(tokenizer, asked.turns, model.config.n_rows(size))
     images = torch.stack([to_pixels(image, size) for image in asked.images])
     for token in model.generate([torch.tensor(ids)], images, max_new_tokens, tokenizer.end,
                                 **sampling):

@@ -167,8 +167,9 @@ def shares_of(config: Config, stage: str) -> dict[str, float]:
     shares = dict(STAGE_0.get(stage) or RECIPES[config.recipe][stage])
     if stage == "vision" and config.vit_folder:  # a published ViT stays as it is
         del shares["vit"]
-    for part in {"vit", "qformer"} & {*shares} if config.data else ():
-        shares[part] *= config.own_lr  # photographs want smaller steps than scenes
+    for part in ("vit", "qformer"):
+        if config.data and part in shares:
+            shares[part] *= config.own_lr  # photographs want smaller steps than scenes
     return shares
 
 
@@ -179,12 +180,8 @@ def steps_of(config: Config, stage: str) -> int:
 # ---- What a stage starts from ----------------------------------------------------------------
 
 def model_config(config: Config, stage: str, tokenizer: Tokenizer) -> ModelConfig:
-    """The model of a stage.
-
-    In stage 0 our own Q-Former has a text half and one more block, which go after it. In each block
-    text reads the query rows before that block changes them. So ITG never trains the query rows
-    that leave the last block; only ITC and ITM do, which can do without details.
-    """
+    """The model of a stage. In stage 0 our own Q-Former has a text half and one more block, which
+    go after `vision`; the docstring of qformer.py says why."""
     c, connector = config, "qformer" if stage in STAGE_0 else connector_of(config)
     qformer = c.qformer | {"encoder_width": c.vit["dim"]}
     if stage in STAGE_0 and not c.qformer_folder:
@@ -276,8 +273,8 @@ class Task:
         self.spec, n = SceneSpec(c.vit["image_size"][0], **c.scenes), c.eval_samples
         self.own = Conversations(c.data, c.images, c.skip_bad) if c.data else None
         if self.own:
-            other = Conversations(c.val, c.images, c.skip_bad) if c.val else None
-            held_out = (other or self.own.split(20)).for_task("test")
+            held_out = (Conversations(c.val, c.images, c.skip_bad) if c.val
+                        else self.own.split(20)).for_task("test")
             # Drawn from all of it: many files are sorted by their answers.
             chosen = random.Random(c.seed).sample(range(len(held_out)), min(n, len(held_out)))
             self.test = {"qa": Subset(held_out, chosen)}
@@ -378,7 +375,8 @@ class StageLoss(nn.Module):
     2301.12597, section 3.1).
 
     Differs: ITC and ITM run in one step of `contrast_every` and on a quarter of the batch, since
-    ITM takes three passes. They weigh less, since on scenes this simple ITG teaches more.
+    ITM passes three times as many pairs. They weigh less, since on scenes this simple ITG teaches
+    more.
     """
 
     def __init__(self, model: MLLM, stage: str, config: Config):
@@ -398,11 +396,9 @@ class StageLoss(nn.Module):
     def vision_loss(self, batch: dict[str, Tensor], step: int) -> Tensor:
         c, qformer = self.config, self.model.qformer
         image_features = self.model.image_features(batch["images"])  # (B, P, Dv)
-        device = image_features.device
-        text = batch["text"].to(device, non_blocking=True)  # (B, T)
-        loss, queries = qformer.itg_loss(
-            image_features, batch["to_generate"].to(device, non_blocking=True),
-            batch["labels"].to(device, non_blocking=True))
+        text, to_generate, labels = (batch[name].to(image_features.device, non_blocking=True)
+                                     for name in ("text", "to_generate", "labels"))  # (B, T)
+        loss, queries = qformer.itg_loss(image_features, to_generate, labels)
         if step % c.contrast_every or not (c.itc_weight or c.itm_weight):
             return loss
         n = max(2, len(text) // 4)
@@ -415,8 +411,8 @@ class StageLoss(nn.Module):
 
 
 def token_share(batch: dict[str, Tensor], device: torch.device) -> Tensor:
-    """The factor for the loss of this process: its trained tokens over their mean in all processes.
-    DistributedDataParallel averages over processes; with this factor over all tokens."""
+    """The factor for the loss of this process: its number of trained tokens over the mean number of
+    a process. DistributedDataParallel averages over processes; with this factor over all tokens."""
     n = (batch["labels"][:, 1:] != IGNORED).sum().to(device, non_blocking=True)
     return n * rank_and_world()[1] / sum_of_all(n.clone())
 
@@ -438,8 +434,8 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal: a matrix moves in all directions at the same rate, where a gradient
-    goes mostly into few. Equals `torch.optim.Muon` with `match_rms_adamw`, but matrices of one
+    """Orthogonal momentum: a step moves a matrix equally far in all directions, where a gradient
+    is dominated by few. Equals `torch.optim.Muon` with `match_rms_adamw`, but matrices of one
     shape share batched products: a GPU starts fewer kernels. Source: arXiv 2502.16982."""
 
     @torch.no_grad()
@@ -496,7 +492,7 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     warm = max(1, int(warmup * steps))
     if step < warm:
         return (step + 1) / warm
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
 
 
 def autocast(device: torch.device, config: Config):
@@ -552,19 +548,24 @@ def train_stage(model: MLLM, stage: str, task: Task, collate: Collate, config: C
     return losses, time.time() - start
 
 
-# ---- The examination -------------------------------------------------------------------------
+# ---- The evaluation --------------------------------------------------------------------------
 
 ANSWER_TOKENS = 64  # the longest answer
-SHORT = 4  # words, up to which an answer must be right to the letter
+SHORT = 4  # answers of up to so many words must match exactly
 
 
-def single_questions(samples: Dataset):
+def single_questions(samples: Dataset, collate: Collate):
     """Each turn as a question, one `Sample` after the other, with the true turns before it and its
-    right answers as `references`. Long answers to your own questions are of the kind "text"."""
+    right answers as `references`. Long answers to your own questions are of the kind "text". What
+    is too long to be answered is printed and left out."""
     for n in range(len(samples)):
         sample = samples[n]
         for i, (question, truth) in enumerate(sample.turns):
             turns = sample.turns[:i] + [(question, None)]
+            n_tokens = len(encode_turns(collate.tokenizer, turns, collate.n_rows)[0])
+            if n_tokens + ANSWER_TOKENS > collate.max_len:
+                print(f"not asked: {sample.name}, {n_tokens} tokens leave no room for an answer")
+                break
             images = sample.images[:sum(text.count("<image>") for text, _ in turns)]
             truths = tuple(text.strip() for text in sample.references or (truth,))
             is_long = sample.kind == "answer" and len(truths[0].split()) > SHORT
@@ -600,7 +601,7 @@ def answer(model: MLLM, questions: list[Sample], collate: Collate, config: Confi
     images = images.roll(len(images) // 2, dims=0) if blind else images
     prompts = []
     for question in questions:
-        ids, _ = encode_turns(collate.tokenizer, question.turns, collate.n_rows, 10**9)
+        ids, _ = encode_turns(collate.tokenizer, question.turns, collate.n_rows)
         prompts.append(torch.tensor(ids))
     model.eval()
     with autocast(device, config):
@@ -624,11 +625,11 @@ def score(questions: list[Sample], answers: list[str]) -> dict[str, float]:
 
 
 def examine(model: MLLM, samples: Dataset, collate: Collate, config: Config):
-    """The questions, with the pictures of the first hundred alone, and {"right", "blind", "floor":
-    answers}: the model's, those that it gives when shown somebody else's picture, and the most
-    frequent answer to each kind of question. Yes or no is right half of the time without looking.
-    Only right - blind is due to the picture."""
-    asked, counts, questions = single_questions(samples), defaultdict(Counter), []
+    """The questions (only the first hundred keep their pictures) and the answers to them: "right",
+    the model's; "blind", those it gives when shown the picture of another question; "floor", the
+    most frequent answer to each kind of question. Guessing gets half of all yes or no questions:
+    only right - blind comes from the picture."""
+    asked, counts, questions = single_questions(samples, collate), defaultdict(Counter), []
     given = {"right": [], "blind": []}
     while some := [question for _, question in zip(range(100), asked)]:  # the next hundred
         given["right"] += answer(model, some, collate, config)
@@ -651,8 +652,8 @@ def evaluate(model: MLLM, task: Task, collate: Collate, config: Config, out: Pat
     for name, samples in task.test.items():
         questions, given = examine(model, samples, collate, config)
         few = {question.references for question in questions if question.kind == "answer"}
-        for question in questions if len(few) <= 20 else ():  # a line of the table for each class
-            if question.kind == "answer":
+        for question in questions:
+            if question.kind == "answer" and len(few) <= 20:  # a line of the table for each class
                 question.kind = question.references[0]
         n = Counter(question.kind for question in questions)
         n["bleu4"], n["all"] = n["text"], len(questions) - n["text"]
@@ -691,7 +692,7 @@ FLAGS = {  # those that set a field of `Config`; --set changes all others
     "llm": "folder of a published language model of the LLaMA family or Qwen2",
     "batch-size": "samples for each step of the optimizer",
     "seed": "of weights, data and order",
-    "eval-samples": "how many pictures the examination asks about",
+    "eval-samples": "how many held-out samples the model is questioned about",
 } | {f"{stage}-samples": f"length of the stage {stage!r}" for stage in STAGES}
 
 
@@ -702,7 +703,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--preset", choices=PRESETS, help="all settings at once; default: the device's")
     add("--stage", choices=(*STAGES, "evaluate"), help="run this one alone")
-    add("--resume", action="store_true", help="go on where an interrupted run stopped")
+    add("--resume", action="store_true",
+        help="go on where a run was interrupted, with its settings, to the end of all stages")
     add("--set", action="append", default=[], metavar="NAME=VALUE",
         help="any other field of Config: --set align_lr=1e-3 --set vit.dim=256")
     add("--skip-bad", action="append_const", dest="set", const="skip_bad=true",
@@ -767,6 +769,7 @@ def check_config(config: Config) -> None:
         check(value in known, f"unknown {name} {value!r}: use one of {', '.join(known)}")
     check(0 <= config.qformer_drop_last < config.qformer["n_layers"],
           f"qformer_drop_last {config.qformer_drop_last} must leave a block of the Q-Former")
+    check(bool(config.data) or not config.val + config.images, "--val and --images need --data")
     check(not config.qformer_folder or bool(config.vit_folder),
           "BLIP-2's Q-Former needs the features of its own ViT: give --vit, too")
     check(config.bf16 or not config.half_frozen, "half_frozen needs bf16: types would not match")
@@ -780,7 +783,7 @@ def run_stage(stage: str, task: Task, tokenizer: Tokenizer, config: Config, out:
     (model, trained), shares = start_of(config, stage, tokenizer, out), shares_of(config, stage)
     model.to(device).train_only(shares)
     if config.half_frozen and stage not in STAGE_0:
-        model.cast_frozen(torch.bfloat16)
+        model.cast_frozen()
     if state:
         model.load_state_dict(state["model"])
     print(f"\n{stage}: {getattr(config, f'{stage}_samples')} samples, recipe {config.recipe}, "
@@ -800,7 +803,7 @@ def run_stage(stage: str, task: Task, tokenizer: Tokenizer, config: Config, out:
 
 def collate_for(model: MLLM, tokenizer: Tokenizer, config: Config) -> Collate:
     size = config.vit["image_size"]
-    return Collate(tokenizer, model.config.n_rows(size), size, config.max_len)
+    return Collate(tokenizer, model.config.n_rows(size), size, model.config.max_len)
 
 
 def rehearse(stages: list[str], task: Task, tokenizer: Tokenizer, config: Config) -> None:
@@ -811,24 +814,25 @@ def rehearse(stages: list[str], task: Task, tokenizer: Tokenizer, config: Config
             model = MLLM(model_config(config, stage, tokenizer))
         model.train_only(shares_of(config, stage))
         make_optimizers(model, config, stage)
-        model.config.n_rows(config.vit["image_size"])
+        rows = model.config.n_rows(config.vit["image_size"]) if stage != "language" else 0
+        check(rows + ANSWER_TOKENS < config.max_len, f"an image of {rows} rows leaves no room for "
+              f"text within max_len {config.max_len}")
         check(stage != "vision" or not config.itm_weight or config.batch_size > rank_and_world()[1],
               "ITM needs two samples in each process: raise batch_size or --set itm_weight=0.0")
 
 
 def finish(stages: list[str], task: Task, tokenizer: Tokenizer, config: Config, out: Path,
            device: torch.device) -> None:
-    """Examine the model, draw the curves of its stages, write metrics.json."""
+    """Evaluate the model, draw the curves of its stages, write metrics.json."""
     start, model = time.time(), MLLM.load(out / "instruct.pt").to(device)
     metrics = evaluate(model, task, collate_for(model, tokenizer, config), config, out)
-    spent, losses, seconds = time.time() - start, {}, {}
+    losses, seconds = {}, {"evaluate": time.time() - start}
     for stage in stages:
         if (out / f"{stage}.pt").exists():
             checkpoint = load_file(out / f"{stage}.pt")
             losses[stage], seconds[stage] = checkpoint["losses"], checkpoint["seconds"]
     draw_curves(losses, out / "curves.png")
     ends = {stage: torch.tensor(values[-40:]).nanmean().item() for stage, values in losses.items()}
-    seconds["evaluate"] = spent
     metrics |= {"seconds": sum(seconds.values()), "seconds_by_stage": seconds, "loss_at_end": ends}
     (out / "metrics.json").write_text(json.dumps(metrics | {"config": asdict(config)}, indent=2))
     (out / "resume.pt").unlink(missing_ok=True)  # there is nothing left to resume

@@ -5,8 +5,7 @@
     python tests/bench.py generation     tokens a second with the cache and without
     python tests/bench.py data           samples a second of the data, for each preset
 
-Each prints a Markdown table and writes out/bench/NAME.json. What such tables led to: ITC and ITM in
-one step of four, adapters' rows masked where they are narrow, logits of trained positions alone.
+Each prints a Markdown table and writes out/bench/NAME.json.
 """
 import argparse
 import json

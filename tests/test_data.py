@@ -261,11 +261,13 @@ def test_a_mistake_in_a_record_is_named_with_its_file_and_record(tmp_path, bad, 
     ("my.json", '[{"id": ', "my.json: not JSON"), ("my.json", "{}", "my.json: expected a list"),
     ("my.json", "[]", "my.json: there is no"), ("my.jsonl", '{}\n\n{"', "my.jsonl line 3: not"),
     ("captions.txt", "x.png\ta word\n", "captions.txt record 0 .id x.png.: no image .*x.png"),
+    ("filter_cap.json", "[]", "cap.json: expected 'annotations'"),
     ("captions.txt", "", "captions.txt: there is no"), ("captions.txt", "red.png,", "0 .*answer")])
 def test_a_mistake_in_a_file_is_named_with_the_file(tmp_path, name, text, message):
     write(tmp_path).unlink()
-    with pytest.raises(FileNotFoundError, match=name):
-        Conversations(tmp_path / name)
+    for folder in (tmp_path, tmp_path / "gone"):
+        with pytest.raises(FileNotFoundError, match=name):
+            Conversations(folder / name)
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         Conversations(tmp_path / name)
@@ -285,14 +287,14 @@ def test_a_broken_picture_is_named_when_read_and_skipped_records_are_printed(tmp
 
 
 def test_a_folder_for_each_class_asks_what_is_in_the_picture(tmp_path):
-    for name, image in (("red wall", RED), ("blue", BLUE)):
+    for name, image in (("red wall", RED), ("images", BLUE)):  # no folder beside a file
         (tmp_path / name).mkdir()
         image.save(tmp_path / name / "1.png")
         (tmp_path / name / "notes.txt").touch()
     own = Conversations(tmp_path)
     assert [own[i].images for i in range(len(own))] == [[BLUE], [RED]]
     assert turns_of(own) == [[("<image> What is in the picture?", name)]
-                             for name in ("blue", "red wall")]
+                             for name in ("images", "red wall")]
 
 
 def test_split_takes_each_record_to_one_side(tmp_path):

@@ -1,5 +1,4 @@
-"""PLoRALinear: the delta reaches image rows only, and the adapter never leaves the autograd
-graph."""
+"""PLoRALinear: the delta reaches image rows only, and the adapter stays in the autograd graph."""
 import pytest
 import torch
 from torch import nn

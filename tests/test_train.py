@@ -200,7 +200,8 @@ def test_a_run_on_published_parts_needs_no_stage_0_and_keeps_frozen_weights(
     (["--recipe=blip3"], "unknown recipe 'blip3': use one of blip2_plora"),
     (["--connector=patch-merge", "vit.image_size=(40, 40)"], "an image has 25"),
     (["recipe=minigpt4", "projector.kind=identity", "qformer.dim=24"], "nothing is trainable"),
-    ([f"--qformer={GOLDEN / 'blip2'}"], "give --vit"),
+    ([f"--qformer={GOLDEN / 'blip2'}"], "give --vit"), (["--val=my.json"], "need --data"),
+    (["qformer.n_queries=448"], "448 rows leaves no room for text within max_len 512"),
     (["half_frozen=true"], "half_frozen needs bf16"),
     (["align_lrr=1"], "there is no 'align_lrr'; the nearest is 'align_lr'"),
     (["vit.dimm=16"], "there is no 'vit.dimm'; the nearest is 'vit.dim'"),
@@ -334,7 +335,7 @@ def test_six_samples_are_learned_by_heart():
         optimizer.zero_grad()
         train.StageLoss(model, "instruct", config)(batch).backward()
         optimizer.step()
-    answers = train.answer(model, list(train.single_questions(samples)), collate, config)
+    answers = train.answer(model, list(train.single_questions(samples, collate)), collate, config)
     assert answers == [sample.turns[0][1] for sample in samples]
 
 
@@ -406,7 +407,7 @@ def test_pictures_to_measure_on_are_not_trained_on(tmp_path):
     assert (len(measured), len(trained)) == (2, 38) and not measured & trained
 
 
-# ---- The examination -------------------------------------------------------------------------
+# ---- The evaluation --------------------------------------------------------------------------
 
 def test_metrics_hold_every_promised_number_and_the_pictures_exist(finished):
     metrics = json.loads((finished / "metrics.json").read_text())
@@ -437,14 +438,18 @@ def test_questions_are_drawn_from_the_whole_file_and_a_table_has_a_line_for_each
     assert kinds == ["ant", "bee", "cow", "all"]
 
 
-def test_each_turn_is_a_question_after_the_true_turns_before_it():
+def test_each_turn_is_a_question_after_the_true_turns_before_it_if_it_fits(capsys):
     a, b = Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8))
     sample = Sample([a, b], [("<image> q1", " a1 "), ("q2", "a2"), ("<image> q3", "a b c d e")])
-    first, second, third = train.single_questions([sample])
+    _, collate, _ = model_of(config_of(), "align")
+    first, second, third = train.single_questions([sample], collate)
     assert first.turns == [("<image> q1", None)]
     assert second.turns == [("<image> q1", " a1 "), ("q2", None)]
     assert (first.images, second.images, third.images) == ([a], [a], [a, b])
     assert (first.references, first.kind, third.kind) == (("a1",), "answer", "text")
+    short = replace(collate, max_len=train.ANSWER_TOKENS + 12)  # room for the first question
+    assert len(list(train.single_questions([sample], short))) == 1
+    assert "not asked: sample, " in capsys.readouterr().out
 
 
 def test_blind_shows_each_question_the_picture_of_another(monkeypatch):
@@ -462,7 +467,8 @@ def test_blind_shows_each_question_the_picture_of_another(monkeypatch):
 def test_the_floor_is_the_most_frequent_answer_to_each_kind_of_question(monkeypatch):
     monkeypatch.setattr(train, "answer", lambda model, questions, *rest, **more: questions)
     samples = [Sample([], [("q", answer)], kind) for kind, answer in zip("aaabb", "yxxzz")]
-    assert train.examine(None, samples, None, None)[1]["floor"] == ["x", "x", "x", "z", "z"]
+    _, collate, _ = model_of(config_of(), "align")
+    assert train.examine(None, samples, collate, None)[1]["floor"] == ["x", "x", "x", "z", "z"]
 
 
 def test_short_answers_are_right_to_the_letter_and_long_ones_in_bleu():
