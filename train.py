@@ -139,9 +139,9 @@ GPU = replace(
     CPU, vit=CPU.vit | dict(image_size=(96, 96), patch_size=12, dim=192, n_heads=6),
     qformer=CPU.qformer | dict(dim=192, n_heads=6, n_queries=32),
     decoder=CPU.decoder | dict(dim=256, n_layers=4, n_heads=8, n_kv_heads=4, r=64, alpha=256.0),
-    scenes=dict(n_colors=6, n_shapes=4, n_places=9, max_things=5), language_turns=3,
+    scenes=dict(n_colors=6, n_shapes=4, n_places=9, max_things=5), language_turns=6,
     instruct_turns=6, workers=4, save_every=1000, language_samples=110_000,
-    vision_samples=150_000, align_samples=16_000, instruct_samples=120_000)
+    vision_samples=300_000, align_samples=16_000, instruct_samples=80_000)
 TINY = replace(  # all stages in forty seconds, for a first look and after a change
     CPU, vit=CPU.vit | dict(image_size=(32, 32), n_layers=2),
     qformer=CPU.qformer | dict(n_queries=8),
