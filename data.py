@@ -98,23 +98,23 @@ class SceneSpec:
         return [(color, shape) for color in colors for shape in SHAPES[:self.n_shapes]]
 
     @property
-    def held_out_pairs(self) -> list[tuple[str, str]]:
+    def unseen_pairs(self) -> list[tuple[str, str]]:
         """One colour of each shape, for pairs that are in no training picture or text."""
         colors = list(COLORS)[:self.n_colors]
         return [(colors[i % len(colors)], SHAPES[i]) for i in range(self.n_shapes)]
 
     @property
     def training_pairs(self) -> list[tuple[str, str]]:
-        return [pair for pair in self.pairs if pair not in self.held_out_pairs]
+        return [pair for pair in self.pairs if pair not in self.unseen_pairs]
 
 
-def random_things(spec: SceneSpec, rng: random.Random, held_out: bool = False) -> list[Thing]:
-    """1 to max_things things in reading order, no two of one pair or in one cell. With held_out
-    exactly one of them has a held-out pair, else none."""
+def random_things(spec: SceneSpec, rng: random.Random, unseen: bool = False) -> list[Thing]:
+    """1 to max_things things in reading order, no two of one pair or in one cell. With `unseen`
+    exactly one of them has an unseen pair, else none."""
     n = rng.randint(1, spec.max_things)
     pairs = rng.sample(spec.training_pairs, n)
-    if held_out:
-        pairs[0] = rng.choice(spec.held_out_pairs)
+    if unseen:
+        pairs[0] = rng.choice(spec.unseen_pairs)
     things = []
     for (color, shape), cell in zip(pairs, rng.sample(CELLS[:spec.n_places], n)):
         things.append(Thing(color, shape, rng.choice(list(SIZES)), cell // 3, cell % 3))
@@ -171,7 +171,7 @@ CAPTION = ("Describe the picture in one sentence.", "What does the picture show,
 
 
 def ask(kind: str, things: list[Thing], about: Thing, spec: SceneSpec, rng: random.Random,
-        held_out: bool = False) -> tuple[str, str] | None:
+        unseen: bool = False) -> tuple[str, str] | None:
     """A question of this kind about one of the things, and its answer; None if it is ambiguous."""
     others = [thing for thing in things if thing != about]
     if kind == "color" and all(thing.shape != about.shape for thing in others):
@@ -193,7 +193,7 @@ def ask(kind: str, things: list[Thing], about: Thing, spec: SceneSpec, rng: rand
             return f"Is there a {form.format(about.color, about.shape)}?", "yes"
         # What is absent shares its color or shape with something present: half of it is not enough.
         present = [form.format(thing.color, thing.shape) for thing in things]
-        pairs = spec.pairs if held_out else spec.training_pairs
+        pairs = spec.pairs if unseen else spec.training_pairs
         alike = [form.format(*pair) for pair in pairs if about.color in pair or about.shape in pair]
         absent = [what for what in alike if what not in present]
         return (f"Is there a {rng.choice(absent)}?", "no") if absent else None
@@ -208,14 +208,14 @@ def ask(kind: str, things: list[Thing], about: Thing, spec: SceneSpec, rng: rand
     return None
 
 
-def ask_any(things: list[Thing], spec: SceneSpec, rng: random.Random, held_out: bool = False):
-    """(kind, question, answer): a random kind about a random thing, or about the held-out one."""
+def ask_any(things: list[Thing], spec: SceneSpec, rng: random.Random, unseen: bool = False):
+    """(kind, question, answer): a random kind about a random thing, or about the unseen one."""
     asked = None
     while asked is None:
         kind = rng.choice(KINDS)
-        about = rng.choice([thing for thing in things if not held_out
-                            or (thing.color, thing.shape) in spec.held_out_pairs])
-        asked = ask(kind, things, about, spec, rng, held_out)
+        about = rng.choice([thing for thing in things if not unseen
+                            or (thing.color, thing.shape) in spec.unseen_pairs])
+        asked = ask(kind, things, about, spec, rng, unseen)
     return kind, *asked
 
 
@@ -233,7 +233,7 @@ class Scenes(Dataset):
     """Endless scenes: number i is always the same picture and text for the same arguments.
 
     task: a training stage, or "question" or "describe" in an evaluation. split: "train", "test"
-    (other pictures of the same pairs) or "unseen" (a held-out pair in each, and asked for).
+    (other pictures of the same pairs) or "unseen" (an unseen pair in each, and asked for).
     """
 
     def __init__(self, spec: SceneSpec, task: str, n: int, split: str = "train", seed: int = 0,

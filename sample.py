@@ -114,6 +114,7 @@ def main() -> None:
     asked = Sample([read_image(path) for path in args.image], [])
     if not asked.images:
         run = load_file(args.out / "instruct.pt")["run"]
+        check(not run["data"], "give --image: this model was trained on your own pictures")
         asked.images.append(fresh_scene(run, args.seed, args.out / "scene.png"))
     if args.attention:
         check(model.config.connector == "qformer", "this model has no Q-Former")

@@ -611,7 +611,7 @@ def answer(model: MLLM, questions: list[Sample], collate: Collate, config: Confi
 
 
 def score(questions: list[Sample], answers: list[str]) -> dict[str, float]:
-    """The share of answers right to the letter, by kind and of "all"; for long ones "bleu4"."""
+    """The share of exact matches, by kind of question and of "all"; for long answers "bleu4"."""
     right, texts = defaultdict(list), []
     for question, given in zip(questions, answers):
         if question.kind == "text":

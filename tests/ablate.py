@@ -30,7 +30,7 @@ from model import MLLM, PARTS, load_file, part_of
 from sample import attention_maps
 
 # Columns of each table, and its runs: (label, flags from `vision` on, flags from `align` on).
-ANSWERS = ("right", "never-seen pairs", "blind", "descriptions")
+ANSWERS = ("right", "unseen pairs", "blind", "descriptions")
 COSTS = ("trainable", "seconds")
 DRIFT = ("reading", "text ppl", "after align", "after instruct", "logits changed")
 TABLES = {
@@ -152,7 +152,7 @@ def measure(folder: Path, columns: tuple[str, ...]) -> dict:
     sizes = dict.fromkeys(PARTS, 0)
     for name, value in weights.items():
         sizes[part_of(name)] += value.numel()
-    row = {"right": metrics["qa_accuracy"], "never-seen pairs": metrics["qa_accuracy_unseen"],
+    row = {"right": metrics["qa_accuracy"], "unseen pairs": metrics["qa_accuracy_unseen"],
            "blind": metrics["qa_accuracy_blind"], "descriptions": metrics["description_exact"],
            "reading": metrics["reading_accuracy"], "vision seconds": spent["vision"],
            "seconds": spent["align"] + spent["instruct"], "rows": model.config.n_rows(size),

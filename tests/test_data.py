@@ -62,7 +62,7 @@ def test_a_saved_tokenizer_gives_the_same_ids(tmp_path):
 
 SPEC = SceneSpec(image_size=12)  # small pictures are drawn fast
 WIDE = SceneSpec(image_size=12, n_places=9)
-HELD_OUT = {" ".join(pair) for pair in SPEC.held_out_pairs}
+UNSEEN = {" ".join(pair) for pair in SPEC.unseen_pairs}
 TASKS = ("language", "vision", "align", "instruct", "question", "describe")
 PLACES = {(0, 1): "top", (1, 0): "left", (1, 1): "center", (1, 2): "right", (2, 1): "bottom"}
 CORNERS = {(0, 0): "top left", (0, 2): "top right", (2, 0): "bottom left", (2, 2): "bottom right"}
@@ -95,35 +95,35 @@ def slow_answer(things, question):
 
 
 @pytest.mark.parametrize("spec, places", [(SPEC, PLACES), (WIDE, PLACES | CORNERS)])
-@pytest.mark.parametrize("held_out", [False, True])
-def test_every_answer_is_right(spec, places, held_out):
+@pytest.mark.parametrize("unseen", [False, True])
+def test_every_answer_is_right(spec, places, unseen):
     rng, answers = random.Random(0), {kind: set() for kind in KINDS}
     for _ in range(2000):
-        things = random_things(spec, rng, held_out)
-        kind, question, answer = ask_any(things, spec, rng, held_out)
+        things = random_things(spec, rng, unseen)
+        kind, question, answer = ask_any(things, spec, rng, unseen)
         assert slow_answer(things, question) == answer, (things, question, answer)
-        if held_out and kind in ("size", "where"):  # it is asked about
-            assert any(name in question for name in HELD_OUT)
+        if unseen and kind in ("size", "where"):  # it is asked about
+            assert any(name in question for name in UNSEEN)
         answers[kind].add(answer)
     assert all(len(different) > 1 for different in answers.values())
     assert answers["count"] >= {"0", "1", "2", "3"} and answers["where"] == set(places.values())
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_no_training_text_names_a_held_out_pair(task):
+def test_no_training_text_names_an_unseen_pair(task):
     for split in ("train", "test"):
         texts = " ".join(corpus(Scenes(SPEC, task, 400, split))).lower()
-        assert not [name for name in HELD_OUT if name in texts]
+        assert not [name for name in UNSEEN if name in texts]
         assert all(" ".join(pair) in texts for pair in SPEC.training_pairs)
 
 
 @pytest.mark.parametrize("split, n", [("train", 0), ("test", 0), ("unseen", 1)])
-def test_things_differ_in_pair_and_place_and_only_unseen_scenes_hold_a_held_out_one(split, n):
-    assert {shape for _, shape in SPEC.held_out_pairs} == set(SHAPES)
+def test_things_differ_in_pair_and_place_and_only_unseen_scenes_hold_an_unseen_pair(split, n):
+    assert {shape for _, shape in SPEC.unseen_pairs} == set(SHAPES)
     for i in range(500):
         things, _ = Scenes(WIDE, "question", 500, split).things(i)
         names, places = {thing.name for thing in things}, {thing.place for thing in things}
-        assert len(names) == len(places) == len(things) and len(names & HELD_OUT) == n
+        assert len(names) == len(places) == len(things) and len(names & UNSEEN) == n
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -138,7 +138,7 @@ def test_the_same_number_gives_the_same_picture_and_text(task):
 def test_the_picture_shows_each_thing_at_its_place_and_nothing_elsewhere():
     rng = random.Random(0)
     for _ in range(100):
-        things = random_things(WIDE, rng, held_out=rng.random() < 0.5)
+        things = random_things(WIDE, rng, unseen=rng.random() < 0.5)
         pixels = np.asarray(draw(things, 96, rng), dtype=int)
         things = {(thing.row, thing.column): thing for thing in things}
         for row, column in np.ndindex(3, 3):

@@ -394,7 +394,8 @@ def test_frozen_modules_stay_in_eval_mode_until_they_are_trainable_again():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_fresh_model_leaves_no_parameter_uninitialised(tied):
-    config = make_model(dict(pre_norm=True), decoder=dict(tied=tied, qkv_bias=True)).config
+    config = make_model(dict(pre_norm=True), dict(vocab_size=9 * tied),
+                        decoder=dict(tied=tied, qkv_bias=True)).config
     torch.use_deterministic_algorithms(True)              # fills the memory of torch.empty with NaN
     try:
         model = MLLM(config)
@@ -402,6 +403,7 @@ def test_a_fresh_model_leaves_no_parameter_uninitialised(tied):
         torch.use_deterministic_algorithms(False)
     assert [name for name, p in model.named_parameters() if not p.isfinite().all()] == []
     assert (model.decoder.lm_head.weight is model.decoder.token_embedding.weight) == tied
+    assert model.qformer.query_tokens.std() > 0.01        # equal queries would stay equal for ever
 
 
 def test_casting_touches_frozen_linears_and_convolutions_alone_and_no_result_under_autocast():

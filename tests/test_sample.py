@@ -66,7 +66,7 @@ def test_a_chat_remembers_earlier_turns_and_shows_all_pictures_once(run, monkeyp
     assert given == [([(first, None)], pictures), ([(first, "fine"), ("two  ", None)], pictures)]
 
 
-def test_what_the_user_can_get_wrong_is_named(run, tmp_path):
+def test_what_the_user_can_get_wrong_is_named(run, tmp_path, monkeypatch):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     for name in ("broken.png", "absent.png"):
         with pytest.raises(ValueError, match=name):
@@ -75,6 +75,9 @@ def test_what_the_user_can_get_wrong_is_named(run, tmp_path):
         run(out=tmp_path)
     with pytest.raises(ValueError, match="max_len 128"):
         run("--prompt", "word " * 200)
+    monkeypatch.setattr(sample, "load_file", lambda _: {"run": {"data": "my.json"}})
+    with pytest.raises(ValueError, match="--image"):      # a scene would be none of its pictures
+        run()
 
 
 def test_attention_is_that_of_the_cross_attention_and_each_query_gets_a_picture(
