@@ -141,7 +141,9 @@ GPU = replace(
     decoder=CPU.decoder | dict(dim=256, n_layers=4, n_heads=8, n_kv_heads=4, r=64, alpha=256.0),
     scenes=dict(n_colors=6, n_shapes=4, n_places=9, max_things=5), language_turns=6,
     instruct_turns=6, workers=4, save_every=1000, language_samples=110_000,
-    vision_samples=300_000, align_samples=16_000, instruct_samples=80_000)
+    vision_samples=300_000, align_samples=16_000, instruct_samples=80_000,
+    # At the rates above, ViT and Q-Former of this width would overshoot until the rate falls.
+    vision_lr=3e-3, align_lr=3e-3, instruct_lr=2e-3)
 TINY = replace(  # all stages in forty seconds, for a first look and after a change
     CPU, vit=CPU.vit | dict(image_size=(32, 32), n_layers=2),
     qformer=CPU.qformer | dict(n_queries=8),
