@@ -142,7 +142,7 @@ GPU = replace(
     scenes=dict(n_colors=6, n_shapes=4, n_places=9, max_things=5), language_turns=6,
     instruct_turns=6, workers=4, save_every=1000, language_samples=110_000,
     vision_samples=300_000, align_samples=16_000, instruct_samples=80_000,
-    # At the rates above, ViT and Q-Former of this width would overshoot until the rate falls.
+    # Half the rates above, at which ViT and Q-Former of this width learn little until they fall.
     vision_lr=3e-3, align_lr=3e-3, instruct_lr=2e-3)
 TINY = replace(  # all stages in forty seconds, for a first look and after a change
     CPU, vit=CPU.vit | dict(image_size=(32, 32), n_layers=2),

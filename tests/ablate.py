@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bench import ROOT, write  # first, for the path
+from bench import CONFIG, ROOT, write  # first, for the path
 import train
 from data import Scenes, Tokenizer, draw, to_pixels
 from model import MLLM, PARTS, load_file, part_of
@@ -50,7 +50,7 @@ TABLES = {
         for r in (1, 4, 32, 128)]),
     "optimizer": (("vision seconds", "ITG nats") + ANSWERS, [("Muon", "", "")] + [
         (f"AdamW, rates x {x}", "--set muon=false" + "".join(
-            f" --set {stage}_lr={getattr(train.CPU, f'{stage}_lr') * x:g}"
+            f" --set {stage}_lr={getattr(CONFIG, f'{stage}_lr') * x:g}"
             for stage in train.STAGES[1:]), "") for x in (1, 0.3, 0.1)]),
     "attention": ((), []),  # of a run, see `attention`
 }
