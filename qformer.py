@@ -1,4 +1,4 @@
-"""Q-Former: a few learned queries that read an image and hand a language model a summary of it.
+"""Q-Former: a few learned queries read an image and hand the language model a summary of it.
 
     image features (B, P, Dv) ──────────────┐ keys and values
                                             ▼
@@ -6,93 +6,85 @@
                            │  one set of weights, one mask
     text (B, T) ids ─────► self-attention ───────────────────► text FFN  ─► (B, T, Dq)
 
-A BERT encoder (arXiv 1810.04805: post-LN, GELU) with two changes from BLIP-2 (arXiv 2301.12597,
-section 3.1): every `cross_attention_every`-th block has a cross-attention that query rows alone
-pass through, and each block has one feed-forward network for queries and one for text. Queries and
-text meet in self-attention only, so one small mask decides what the model can be trained for:
+A BERT encoder (arXiv 1810.04805) with two changes from BLIP-2 (arXiv 2301.12597, section 3.1). In
+every `cross_attention_every`-th block the queries also attend to the image. And each block has two
+feed-forward networks (FFN): one for queries, one for text.
 
-    a row attends to column j where 1        Q = 2 queries, T = 3 text tokens
+BLIP-2 trains it with three losses. Queries and text meet in self-attention only, so a mask decides
+what each loss may see:
 
-    "separate": contrast,  "joint": matching,     "causal": generation,
-    ITC                    ITM                    ITG
+    1: this token (line) may attend to that one (column)        Q = 2 queries, T = 3 text tokens
+
+    "separate"             "joint"                "causal"
     1 1 . . .              1 1 1 1 1              1 1 . . .
     1 1 . . .              1 1 1 1 1              1 1 . . .
     . . 1 1 1              1 1 1 1 1              1 1 1 . .
     . . 1 1 1              1 1 1 1 1              1 1 1 1 .
     . . 1 1 1              1 1 1 1 1              1 1 1 1 1
 
-(`similarity` runs each side alone, which equals "separate".) Under "causal" queries must not attend
-to text: they could hand a token on to the rows that are to predict it.
+    ITC, image-text contrast, compares two summaries: neither side may peek at the other.
+    ITM, image-text matching, judges a pair: both sides see all.
+    ITG, image-grounded generation, writes: a word sees the picture and the words before it. Queries
+    do not see text, or they would leak the next word.
 
-In a block self-attention comes first, so text reads the queries as they come out of the block
-before. With the three blocks of train.py's default:
+The text half is needed for the losses only. `vocab_size=0` builds the Q-Former without it, as
+MiniGPT-4 uses it. Trained weights of a whole Q-Former fit the half with `strict=False`.
 
-    block 0   queries read the image                   text reads queries that have read nothing
-    block 1   (no cross-attention)                     text reads what block 0 has made of them
-    block 2   queries read the image again             text reads what block 1 has made of them
-    losses    ITC and ITM of block 2's query rows      ITG of block 2's text rows
+Left out on purpose: BERT's segment embeddings.
 
-ITG, which teaches the details, shapes the query rows up to block 1. The last block's are shaped by
-ITC and ITM alone, so train.py leaves that block out when the losses have done their work: the
-decoder gets the rows of block 1, which have read the image **once**.
+    python qformer.py        prints the three masks
 
-The text half is needed for these losses alone. `vocab_size=0` builds what MiniGPT-4 uses, the
-queries and the layers that they pass through; a trained Q-Former fits it with `strict=False`.
-
-Left out on purpose: momentum queues, ITC negatives from other devices, BERT's segment embeddings.
-
-    python qformer.py        the three masks, and who reads what in each block
-
-B batch, P patches, Q queries, T text tokens, S = Q + T, H heads, Dv vision width, Dq width.
+B batch, P patches and the class token, Q queries, T text tokens, S = Q + T, H heads,
+Dv vision width, Dq width.
 """
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 
-def attention_mask(kind: str, n_queries: int, n_text: int, device=None) -> Tensor:
-    """The (S, S) bool matrix of the picture above, True where a row attends to a column. kind:
-    "separate", "joint" or "causal". Source: arXiv 2301.12597, figure 2."""
+def attention_mask(mask_kind, n_queries, n_text, device=None):
+    """One of the three masks drawn above: (S, S) bool, True where line may attend to column.
+    Source: arXiv 2301.12597, figure 2."""
     n = n_queries + n_text
     mask = torch.zeros(n, n, dtype=torch.bool, device=device)
     mask[:n_queries, :n_queries] = True  # queries attend to queries
-    if kind == "separate":
+    if mask_kind == "separate":
         mask[n_queries:, n_queries:] = True  # text attends to text
-    elif kind == "joint":
+    elif mask_kind == "joint":
         mask[:] = True
-    elif kind == "causal":
+    elif mask_kind == "causal":
         mask[n_queries:, :n_queries] = True  # text attends to every query
-        mask[n_queries:, n_queries:].fill_(True).tril_()  # text attends to the text before it
+        mask[n_queries:, n_queries:].fill_(True).tril_()  # and to the text before it
     else:
-        raise ValueError(f"unknown mask {kind!r}: use 'separate', 'joint' or 'causal'")
+        raise ValueError(f"unknown mask {mask_kind!r}: use 'separate', 'joint' or 'causal'")
     return mask
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **options) -> Tensor:
-    """softmax(q k' / sqrt(Dh)) v for each head, of width Dh: q (B, H, S, Dh), k and v (B, H, K,
-    Dh), mask (B or 1, 1, S, K) True where a row attends to a column -> (B, H, S, Dh)."""
+def attend(q, k, v, mask=None, **options):
+    """softmax(q k^T / sqrt(Dh)) v, for each head of width Dh.
+    q (B, H, S, Dh), k and v (B, H, K, Dh), mask (B or 1, 1, S, K) True where a token may attend to
+    another -> (B, H, S, Dh)."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, mask, **options)
-    # On a CPU in float32 even under autocast: torch's bfloat16 backward is 3 to 20 times slower.
+    # On a CPU in float32, even under autocast: torch's bfloat16 backward is 3 to 20 times slower.
     with torch.autocast("cpu", enabled=False):
         y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, **options)
     return y.to(q.dtype)
 
 
-def init_linears(module: nn.Module, zero: str = "-") -> None:
-    """Matrices N(0, 1 / fan-in), but 0 where the name of a linear ends in `zero`; biases 0."""
-    for name, linear in module.named_modules():
+def init_linears(module):
+    """Matrices N(0, 1 / fan-in), biases 0."""
+    for linear in module.modules():
         if isinstance(linear, nn.Linear):
-            std = 0.0 if name.endswith(zero) else linear.in_features ** -0.5
-            nn.init.normal_(linear.weight, std=std)
+            nn.init.normal_(linear.weight, std=linear.in_features ** -0.5)
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
 
 
 class Attention(nn.Module):
-    """Multi-head attention with biases; keys and values may come from another source and width."""
+    """Multi-head attention with biases. Keys and values may come from another source and width."""
 
-    def __init__(self, dim: int, n_heads: int, kv_dim: int, dropout: float):
+    def __init__(self, dim, n_heads, kv_dim, dropout):
         super().__init__()
         self.n_heads, self.dropout = n_heads, dropout
         self.q_proj = nn.Linear(dim, dim)
@@ -100,29 +92,22 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(kv_dim, dim)
         self.out_proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, source: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x, source, mask=None):
         """x (B, S, Dq) attends to source (B, K, kv_dim) where mask is True -> (B, S, Dq)."""
         B, S, D = x.shape
-        heads = self.n_heads, D // self.n_heads
+        heads = (self.n_heads, D // self.n_heads)
         q = self.q_proj(x).unflatten(-1, heads).transpose(1, 2)  # (B, H, S, Dq/H)
         k = self.k_proj(source).unflatten(-1, heads).transpose(1, 2)  # (B, H, K, Dq/H)
-        v = self.v_proj(source).unflatten(-1, heads).transpose(1, 2)
+        v = self.v_proj(source).unflatten(-1, heads).transpose(1, 2)  # (B, H, K, Dq/H)
         y = attend(q, k, v, mask, dropout_p=self.dropout if self.training else 0.0)
         return self.out_proj(y.transpose(1, 2).reshape(B, S, D))
 
 
-def feed_forward(dim: int, ffn_dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(), nn.Linear(ffn_dim, dim))
-
-
 class QFormerBlock(nn.Module):
-    """Self-attention for all, cross-attention for queries (if there is an encoder_width), then a
-    FFN for queries and one for text (if has_text). They share self-attention to read each other. A
-    FFN treats each row alone, and a query (what is in the picture?) needs other treatment than a
-    word (what comes next?). Post-LN: sublayers end in `norm(x + dropout(sublayer(x)))`."""
+    """Self-attention for all tokens, cross-attention for queries, then the feed-forward networks.
+    encoder_width None: no cross-attention."""
 
-    def __init__(self, dim: int, n_heads: int, ffn_dim: int, dropout: float,
-                 encoder_width: int | None, has_text: bool, norm_eps: float = 1e-5):
+    def __init__(self, dim, n_heads, ffn_dim, dropout, encoder_width, has_text, norm_eps=1e-5):
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         self.self_attention = Attention(dim, n_heads, dim, dropout)
@@ -131,18 +116,23 @@ class QFormerBlock(nn.Module):
         if encoder_width is not None:
             self.cross_attention = Attention(dim, n_heads, encoder_width, dropout)
             self.cross_attention_norm = nn.LayerNorm(dim, norm_eps)
-        self.query_ffn = feed_forward(dim, ffn_dim)
+        # Attention is shared, so that queries and text can read each other. A feed-forward network
+        # treats each token alone. A query (what is in the picture?) needs other treatment than a
+        # word (what comes next?).
+        self.query_ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(), nn.Linear(ffn_dim, dim))
         self.query_ffn_norm = nn.LayerNorm(dim, norm_eps)
         if has_text:
-            self.text_ffn = feed_forward(dim, ffn_dim)
+            self.text_ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(),
+                                          nn.Linear(ffn_dim, dim))
             self.text_ffn_norm = nn.LayerNorm(dim, norm_eps)
 
-    def forward(self, x: Tensor, n_queries: int, image_features: Tensor | None,
-                mask: Tensor | None) -> Tensor:
-        """x (B, S, Dq), its first n_queries rows queries -> (B, S, Dq)."""
+    def forward(self, x, n_queries, image_features, mask):
+        """x (B, S, Dq), of which the first n_queries tokens are queries -> (B, S, Dq)."""
+        # Post-LN as in BERT: each sublayer ends in norm(x + dropout(sublayer(x))).
         x = self.self_attention_norm(x + self.dropout(self.self_attention(x, x, mask)))
-        queries, text = x[:, :n_queries], x[:, n_queries:]
-        if n_queries:
+        queries = x[:, :n_queries]  # (B, Q, Dq)
+        text = x[:, n_queries:]  # (B, T, Dq)
+        if n_queries:  # none in `similarity`, where text runs alone
             if self.cross_attention is not None:
                 from_image = self.cross_attention(queries, image_features)
                 queries = self.cross_attention_norm(queries + self.dropout(from_image))
@@ -154,142 +144,142 @@ class QFormerBlock(nn.Module):
 
 class QFormer(nn.Module):
     """Learned queries that turn (B, P, Dv) image features into (B, Q, Dq), whatever P is.
+    dim: Dq. n_queries: Q. encoder_width: Dv. vocab_size 0: no text half, so no losses either.
+    BLIP-2's is QFormer(768, n_layers=12, n_heads=12, n_queries=32, encoder_width=1408).
+    Raises ValueError when dim does not divide into heads. Source: arXiv 2301.12597, section 3.1."""
 
-    dim Dq, n_queries Q, encoder_width Dv. vocab_size 0 leaves out the text half, and with it the
-    losses. Published: dim 768, 12 layers, 12 heads, 32 queries, dropout 0.1. Raises ValueError when
-    dim does not divide into heads. Source: arXiv 2301.12597, section 3.1.
-    """
-
-    def __init__(self, dim: int, n_layers: int, n_heads: int, n_queries: int, encoder_width: int,
-                 cross_attention_every: int = 2, ffn_dim: int | None = None, dropout: float = 0.1,
-                 vocab_size: int = 0, max_text_len: int = 512, itc_dim: int = 256, pad_id: int = 0,
-                 norm_eps: float = 1e-5):
+    def __init__(self, dim, n_layers, n_heads, n_queries, encoder_width, cross_attention_every=2,
+                 ffn_dim=None, dropout=0.1, vocab_size=0, max_text_len=512, itc_dim=256, pad_id=0,
+                 norm_eps=1e-5):
         super().__init__()
         if dim % n_heads:
             raise ValueError(f"dim {dim} must be a multiple of n_heads {n_heads}")
-        self.n_queries, self.pad_id, self.has_text = n_queries, pad_id, vocab_size > 0
+        has_text = vocab_size > 0
+        self.n_queries, self.pad_id = n_queries, pad_id
         self.query_tokens = nn.Parameter(torch.empty(1, n_queries, dim))
-        self.embedding_norm, self.dropout = nn.LayerNorm(dim, norm_eps), nn.Dropout(dropout)
+        self.embedding_norm = nn.LayerNorm(dim, norm_eps)
+        self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList()
         for i in range(n_layers):
-            width = encoder_width if i % cross_attention_every == 0 else None
-            self.blocks.append(QFormerBlock(dim, n_heads, ffn_dim or 4 * dim, dropout, width,
-                                            self.has_text, norm_eps))
-        if self.has_text:
+            image_width = encoder_width if i % cross_attention_every == 0 else None
+            self.blocks.append(QFormerBlock(dim, n_heads, ffn_dim or 4 * dim, dropout, image_width,
+                                            has_text, norm_eps))
+        if has_text:
             self.word_embedding = nn.Embedding(vocab_size, dim)
             self.position_embedding = nn.Embedding(max_text_len, dim)
             self.itc_image = nn.Linear(dim, itc_dim)
             self.itc_text = nn.Linear(dim, itc_dim)
-            self.temperature = nn.Parameter(torch.full((), 0.07))
+            self.temperature = nn.Parameter(torch.full((), 0.07))  # as in CLIP
             self.itm_head = nn.Linear(dim, 2)
             self.lm_head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(),
                                          nn.LayerNorm(dim, norm_eps), nn.Linear(dim, vocab_size))
             self.lm_head[-1].weight = self.word_embedding.weight  # tied, as in BERT
         nn.init.normal_(self.query_tokens, std=0.02)
-        # Differs: BERT draws matrices from N(0, 0.02), too, which is far too small at width 128.
+        # Differs: BERT draws matrices from N(0, 0.02), too. That is far too small at width 128.
         init_linears(self)
-        if self.has_text:  # after the linears, since the head shares the weight of the words
+        if has_text:  # after the linears, since the head shares the weight of the words
             nn.init.normal_(self.word_embedding.weight, std=0.02)
             nn.init.normal_(self.position_embedding.weight, std=0.02)
 
-    def forward(self, image_features: Tensor | None = None, text: Tensor | None = None,
-                kind: str = "joint") -> Tensor:
+    def forward(self, image_features=None, text=None, mask_kind="joint"):
         """image_features (B, P, Dv) -> (B, Q, Dq), the queries after they have read the image.
-
-        With text, ids (B, T), -> (B, S, Dq), the query rows and then the text rows, under the mask
-        `kind`; without image_features the text rows alone. No row attends to padding.
-        """
-        rows, n_queries = [], 0
+        With text, ids (B, T): (B, S, Dq), queries first. With text alone: (B, T, Dq)."""
+        tokens = []
+        n_queries = 0
         if image_features is not None:
             n_queries = self.n_queries
-            rows.append(self.query_tokens.expand(image_features.shape[0], -1, -1))  # (B, Q, Dq)
+            tokens.append(self.query_tokens.expand(image_features.shape[0], -1, -1))  # (B, Q, Dq)
         mask = None  # queries alone all attend to each other
         if text is not None:
-            rows.append(self.embed_text(text))  # (B, T, Dq)
+            # Positions start at 0, also where queries stand before the text. Queries have none.
+            positions = self.position_embedding.weight[:text.shape[1]]  # (T, Dq)
+            tokens.append(self.word_embedding(text) + positions)  # (B, T, Dq)
+            # All may attend to queries and words, nothing attends to padding.
             is_token = F.pad(text != self.pad_id, (n_queries, 0), value=True)  # (B, S)
-            mask = attention_mask(kind, n_queries, text.shape[1], text.device)  # (S, S)
+            mask = attention_mask(mask_kind, n_queries, text.shape[1], text.device)  # (S, S)
             mask = (mask & is_token[:, None])[:, None]  # (B, 1, S, S)
-        x = self.dropout(self.embedding_norm(torch.cat(rows, dim=1)))  # (B, S, Dq)
+        x = torch.cat(tokens, dim=1)  # (B, S, Dq)
+        x = self.dropout(self.embedding_norm(x))
         for block in self.blocks:
             x = block(x, n_queries, image_features, mask)
         return x
 
-    def embed_text(self, text: Tensor) -> Tensor:
-        """(B, T) ids -> (B, T, Dq): words plus positions, from 0 at the first text token, whether
-        or not queries stand before it. Raises ValueError without a text half."""
-        if not self.has_text:
-            raise ValueError("this Q-Former has no text half: build it with vocab_size > 0")
-        T, longest = text.shape[1], self.position_embedding.num_embeddings
-        if T > longest:
-            raise ValueError(f"text of {T} tokens is longer than max_text_len {longest}")
-        return self.word_embedding(text) + self.position_embedding.weight[:T]
+    # The three losses. `vision_loss` in train.py adds them up. `Collate.pairs` in data.py makes the
+    # batch.
 
-    def similarity(self, query_rows: Tensor, text: Tensor) -> Tensor:
-        """How well each image fits each text: (B, B) cosines divided by the temperature, [i, j] of
-        image i and text j. query_rows (B, Q, Dq) from `forward`; text (B, T) ids that begin with
-        <s>, whose output stands for the whole text. An image is scored by its best query."""
-        image = F.normalize(self.itc_image(query_rows), dim=-1)  # (B, Q, itc_dim)
-        summary = self(text=text, kind="separate")[:, 0]  # (B, Dq)
-        words = F.normalize(self.itc_text(summary), dim=-1)  # (B, itc_dim)
+    def similarity(self, queries, text):
+        """How well image i fits text j: (B, B) cosines divided by the temperature.
+        queries (B, Q, Dq) from `forward`. text (B, T) ids that begin with <s>."""
+        image = F.normalize(self.itc_image(queries), dim=-1)  # (B, Q, itc_dim)
+        # What comes out at <s> stands for the whole text, like [CLS] in BERT. Text runs alone here,
+        # which equals the mask "separate" with the queries beside it.
+        cls = self(text=text, mask_kind="separate")[:, 0]  # (B, Dq)
+        words = F.normalize(self.itc_text(cls), dim=-1)  # (B, itc_dim)
+        # An image is scored by its best query.
         cosine = torch.einsum("iqd,td->itq", image, words).amax(dim=-1)  # (B, B)
-        # In float32, also under autocast: softmax will take differences of large numbers.
         return cosine.float() / self.temperature.clamp(min=0.001)
 
-    def itc_loss(self, similarity: Tensor) -> Tensor:
-        """Image-text contrastive loss in nats: pick the text of each image and the image of each
-        text. similarity (B, B), true pairs on the diagonal. Differs: no label smoothing."""
+    def itc_loss(self, similarity):
+        """Image-text contrast in nats: pick the text of each image and the image of each text.
+        similarity (B, B), the true pairs on the diagonal."""
+        # Differs: BLIP-2 smooths the labels by 0.1.
         target = torch.arange(similarity.shape[0], device=similarity.device)
-        return (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
+        text_of_image = F.cross_entropy(similarity, target)
+        image_of_text = F.cross_entropy(similarity.T, target)
+        return (text_of_image + image_of_text) / 2
 
-    def itm_loss(self, image_features: Tensor, text: Tensor, similarity: Tensor) -> Tensor:
-        """Image-text matching loss in nats over 3B pairs, two thirds of them deliberately wrong.
-
-        image_features (B, P, Dv), text (B, T), similarity (B, B). Each text also gets a wrong
-        image, and each image a wrong text, drawn more often the more similar they are. A 2-way
-        head looks at every query; its logits are averaged. Raises ValueError if B < 2.
-        """
+    def itm_loss(self, image_features, text, similarity):
+        """Image-text matching in nats: which of 3B pairs belong together?
+        image_features (B, P, Dv), text (B, T), similarity (B, B). Raises ValueError if B < 2."""
         B = text.shape[0]
         if B < 2:
             raise ValueError(f"image-text matching needs wrong pairs: at least 2 samples, got {B}")
-        itself = torch.eye(B, dtype=torch.bool, device=text.device)
-        # multinomial would raise at NaN; this way the loss is NaN, and the loop skips the step.
-        odds = similarity.detach().nan_to_num().masked_fill(itself, float("-inf"))  # (B, B)
+        # Hard negatives: each image gets a wrong text, and each text a wrong image. The more
+        # similar the two are, the more often they are drawn.
+        is_true_pair = torch.eye(B, dtype=torch.bool, device=text.device)
+        # multinomial would crash at NaN. Without it the loss becomes NaN, and the loop stops.
+        odds = similarity.detach().nan_to_num()
+        odds = odds.masked_fill(is_true_pair, float("-inf"))  # (B, B)
         wrong_text = torch.multinomial(odds.softmax(dim=1), 1)[:, 0]  # (B,)
         wrong_image = torch.multinomial(odds.T.softmax(dim=1), 1)[:, 0]  # (B,)
+        # B pairs each:       true            wrong image                  wrong text
         images = torch.cat([image_features, image_features[wrong_image], image_features])
         texts = torch.cat([text, text, text[wrong_text]])  # (3B, T)
         queries = self(images, texts, "joint")[:, :self.n_queries]  # (3B, Q, Dq)
+        # Each query votes: does the text belong to the picture?
         logits = self.itm_head(queries).mean(dim=1)  # (3B, 2)
         is_pair = torch.arange(3 * B, device=text.device) < B
         return F.cross_entropy(logits.float(), is_pair.long())
 
-    def itg_loss(self, image_features: Tensor, text: Tensor,
-                 labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Image-grounded generation: predict each text token from queries and the tokens before.
-
-        image_features (B, P, Dv); text (B, T), which begins with <dec>, the sign to write; labels
-        (B, T): the tokens of text to predict, -100 for the others. Returns the loss in nats per
-        token and the query rows (B, Q, Dq), which text never moves.
-        """
+    def itg_loss(self, image_features, text, labels):
+        """Image-grounded generation: predict each token from the queries and the text before it.
+        image_features (B, P, Dv). text (B, T) ids that begin with <dec>. labels (B, T): the ids to
+        predict, -100 elsewhere. Returns the loss in nats per token and the queries (B, Q, Dq)."""
+        # The same words begin with <s> for ITC and ITM. <dec> tells the shared text half that it is
+        # to write them, not to sum them up.
         x = self(image_features, text, "causal")  # (B, S, Dq)
+        # The output at token t predicts token t + 1.
         logits = self.lm_head(x[:, self.n_queries:-1])  # (B, T - 1, V)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten())
+        # Queries do not see text under this mask. So ITC can use them, as from `forward` alone.
         return loss, x[:, :self.n_queries]
 
+    # Why train.py leaves out the last block once these losses have done their work: a block begins
+    # with self-attention, where text reads the queries as the block *before* left them.
+    #
+    #     block 0   queries read the image          text reads queries that have read nothing
+    #     block 1   (no cross-attention)            text reads what block 0 made of the queries
+    #     block 2   queries read the image again    text reads what block 1 made of the queries
+    #
+    # So ITG, which teaches details, never trains what the queries become in block 2. The decoder
+    # gets them as they leave block 1.
 
-def main() -> None:
-    for kind in ("separate", "joint", "causal"):
-        print(f"{kind}:")
-        for i, row in enumerate(attention_mask(kind, n_queries=2, n_text=3).int().tolist()):
-            print("   ", "query" if i < 2 else "text ", *row)
-    qformer = QFormer(128, n_layers=3, n_heads=4, n_queries=16, encoder_width=128, vocab_size=1024)
-    for i, block in enumerate(qformer.blocks):
-        reads = "read the image" if block.cross_attention is not None else "do not read the image"
-        size = sum(parameter.numel() for parameter in block.parameters())
-        print(f"block {i}: {size:,} parameters; queries {reads}; text reads the queries "
-              f"{f'of block {i - 1}' if i else 'that have read nothing'}")
-    rows = qformer(torch.randn(2, 37, 128))
-    print(f"image features (2, 37, 128) -> rows {tuple(rows.shape)}")
+
+def main():
+    for mask_kind in ("separate", "joint", "causal"):
+        print(f"{mask_kind}:")
+        for i, line in enumerate(attention_mask(mask_kind, n_queries=2, n_text=3).int().tolist()):
+            print("   ", "query" if i < 2 else "text ", *line)
 
 
 if __name__ == "__main__":

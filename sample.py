@@ -1,94 +1,158 @@
-"""Ask a trained model about a picture.
+"""Ask a trained model: one question, a conversation, or a thousand questions with known answers.
 
     python sample.py                                     draws a scene, saves it, asks about it
     python sample.py --image FILE --prompt TEXT          asks about your picture, or several
     python sample.py --image FILE --chat                 a conversation about it; Ctrl-D ends it
     python sample.py --image FILE --attention            draws what each query of the Q-Former reads
 
-Reads the weights and the tokenizer that train.py left in `out/`; the checkpoint holds all settings.
+A checkpoint holds all that is needed: weights, settings, tokenizer. train.py ends with `evaluate`.
+
+N images, H heads, Q queries, P patches and the class token, Dh head width.
 """
 import argparse
+import json
 import random
 import sys
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch.nn import functional as F
 
-from data import (DESCRIBE, Sample, SceneSpec, Tokenizer, check, contact_sheet, draw, encode_turns,
-                  random_things, read_image, to_pixels)
-from model import MLLM, load_file
+from data import (DESCRIBE, IGNORED, Collate, Sample, SceneSpec, check, contact_sheet, draw,
+                  encode_turns, random_things, read_image, to_pixels, tokenizer_from)
+from model import load_model
 
 
-def stream(model: MLLM, tokenizer: Tokenizer, asked: Sample, max_new_tokens: int,
-           **sampling) -> Iterator[str]:
-    """The answer to the last turn of what is asked, piece by piece as text. Raises ValueError when
-    the conversation and its answer would not fit in the model."""
-    size, answer, shown = model.config.vit["image_size"], [], ""
-    ids, _ = encode_turns(tokenizer, asked.turns, model.config.n_rows(size))
-    images = torch.stack([to_pixels(image, size) for image in asked.images])
-    for token in model.generate([torch.tensor(ids)], images, max_new_tokens, tokenizer.end,
+def collate_for(model, tokenizer):
+    return Collate(tokenizer, model.n_image_tokens, model.vit.image_size)
+
+
+# ---- One question ----------------------------------------------------------------------------
+def stream(model, collate, question, max_new_tokens, **sampling):
+    """The answer to the last turn, piece by piece as text. sampling: see `pick_token` in model.py.
+    Raises ValueError when the conversation and its answer would not fit in max_len."""
+    tokenizer = collate.tokenizer
+    ids, _ = encode_turns(tokenizer, question.turns, collate.n_image_tokens)
+    images = collate.images([question])
+    answer_ids, shown = [], ""
+    for token in model.generate([torch.tensor(ids)], images, max_new_tokens, tokenizer.end_id,
                                 **sampling):
-        if token.item() == tokenizer.end:
+        if token.item() == tokenizer.end_id:
             return
-        answer.append(token.item())
-        text = tokenizer.decode(answer).lstrip()
+        answer_ids.append(token.item())
+        text = tokenizer.decode(answer_ids).lstrip()
         if not text.endswith("\ufffd"):  # a character may span several tokens
             yield text[len(shown):]
             shown = text
 
 
-def fresh_scene(run: dict, seed: int | None, path: Path) -> Image.Image:
-    """Draw a scene of the kind that the run was trained on, and save it enlarged."""
-    rng, size = random.Random(seed), run["vit"]["image_size"][0]
-    image = draw(random_things(SceneSpec(size, **run["scenes"]), rng), size, rng)
-    image.resize((384, 384), Image.Resampling.NEAREST).save(path)
-    print(f"drew {path}")
-    return image
-
-
+# ---- A thousand questions --------------------------------------------------------------------
 @torch.no_grad()
-def attention_maps(model: MLLM, images: Tensor) -> Tensor:
-    """How much each query attends to each patch in each cross-attention, the mean over heads:
-    pixels (N, 3, height, width) -> (N, cross-attentions, Q, 1 + P), the class token first."""
-    maps = []
-
-    def keep(attention, inputs, _) -> None:
-        queries, features = inputs
-        heads = attention.n_heads, -1
-        q = attention.q_proj(queries).unflatten(-1, heads).transpose(1, 2)  # (N, H, Q, Dh)
-        k = attention.k_proj(features).unflatten(-1, heads).transpose(1, 2)  # (N, H, P, Dh)
-        scores = q @ k.mT / q.shape[-1] ** 0.5  # (N, H, Q, P)
-        maps.append(scores.softmax(dim=-1).mean(dim=1))
-
-    blocks = [block for block in model.qformer.blocks if block.cross_attention is not None]
-    hooks = [block.cross_attention.register_forward_hook(keep) for block in blocks]
-    model.encode_images(images)
-    for hook in hooks:
-        hook.remove()
-    return torch.stack(maps, dim=1)
-
-
-def draw_attention(model: MLLM, image: Image.Image, path: Path) -> None:
-    """The picture, then for each cross-attention and query the patches that it reads: the less, the
-    darker."""
-    height, width = model.config.vit["image_size"]
-    pixels = to_pixels(image, (height, width))[None]  # (1, 3, height, width)
-    pictures, texts = [image.resize((width, height))], ["the picture"]
-    for i, of_queries in enumerate(attention_maps(model, pixels)[0].cpu()):
-        for query, weights in enumerate(of_queries):
-            patches = weights[1:].view(model.vit.grid)  # without the class token
-            light = Image.fromarray((255 * patches / patches.max()).byte().numpy())
-            light = light.resize((width, height), Image.Resampling.NEAREST)
-            pictures.append(Image.composite(pictures[0], Image.new("RGB", (width, height)), light))
-            texts.append(f"cross-attention {i}, query {query}")
-    contact_sheet(pictures, texts, columns=6, side=144).save(path)
-    print(f"drew {path}")
+def answer(model, samples, collate):
+    """The model's likeliest answer to the last question of each sample, as text.
+    And its loss on the true answer, in nats per token. No answer is longer than the longest true
+    one, or than max_len allows."""
+    tokenizer = collate.tokenizer
+    batch = collate.conversations(samples)
+    prompts = []
+    for sample, labels in zip(samples, batch["labels"]):
+        *earlier, (question, _) = sample.turns
+        ids, _ = encode_turns(tokenizer, [*earlier, (question, None)], collate.n_image_tokens)
+        prompts.append(torch.tensor(ids))
+        # This changes the batch: earlier answers in the conversation do not count.
+        labels[:len(ids)] = IGNORED
+    is_answer = batch["labels"][:, 1:] != IGNORED
+    lengths = is_answer.sum(dim=1).tolist()
+    logits, _ = model(**batch)  # of all answers, one after the other
+    targets = batch["labels"][:, 1:][is_answer]
+    losses = F.cross_entropy(logits.float().cpu(), targets, reduction="none").split(lengths)
+    longest_prompt = max(len(prompt) for prompt in prompts)
+    n_tokens = max(1, min(max(lengths), model.config.max_len - longest_prompt))
+    steps = list(model.generate(prompts, batch["images"], n_tokens, tokenizer.end_id))
+    answers = []
+    for ids, loss in zip(torch.stack(steps, dim=1).tolist(), losses):
+        end = [*ids, tokenizer.end_id].index(tokenizer.end_id)
+        answers.append((tokenizer.decode(ids[:end]).strip(), loss.mean().item()))
+    return answers
 
 
-def parse_arguments() -> argparse.Namespace:
+def ask_all(model, samples, collate):
+    """Ask the last question of each sample about its own picture, then about another's.
+    Returns a record of each. "blind" is the answer when the model sees the picture of another
+    question, None where there is no other picture."""
+    n = len(samples)
+    records = []
+    for start in range(0, n, 100):
+        numbers = range(start, min(start + 100, n))
+        asked = [samples[i] for i in numbers]
+        for sample, (text, loss) in zip(asked, answer(model, asked, collate)):
+            references = sample.references or (sample.turns[-1][1],)
+            records.append({"type": sample.question_type, "references": references,
+                            "question": sample.turns[-1][0].replace("<image>", "").strip(),
+                            "answer": text, "loss": loss, "right": text in references,
+                            "blind": None, "blind_loss": None, "blind_right": None})
+        blind = {}
+        for i, sample in zip(numbers, asked):
+            images = samples[(i + n // 2) % n].images
+            if len(images) == len(sample.images) and images != sample.images:
+                blind[i] = replace(sample, images=images)
+        if blind:
+            for i, (text, loss) in zip(blind, answer(model, list(blind.values()), collate)):
+                is_right = text in records[i]["references"]
+                records[i] |= {"blind": text, "blind_loss": loss, "blind_right": is_right}
+    return records
+
+
+def evaluate(model, tests, collate, out):
+    """Ask all questions of `tests`, which are named after their metric. Returns the metrics.
+
+    right: the share of answers that equal one of the right ones exactly. blind: the same when the
+    model sees the picture of another question. floor: the same of the most frequent right answer to
+    this type of question. Guessing gets half of all yes or no questions: only right - blind comes
+    from the picture. Long answers are seldom right to the word: for them compare the losses.
+
+    Prints a table for each test. Writes each question with its answers to answers.json, where any
+    public scorer can take them from, and draws the first ones to samples.png.
+    """
+    model.eval()
+    metrics, everything, pictures, texts = {}, [], [], []
+    for name, samples in tests.items():
+        records = ask_all(model, samples, collate)
+        groups = defaultdict(list)
+        for record in records:
+            groups[record["type"]].append(record)
+        for group in groups.values():
+            counts = Counter(text for record in group for text in record["references"])
+            floor = counts.most_common(1)[0][0]
+            for record in group:
+                record |= {"test": name, "floor_right": floor in record["references"]}
+        table = metrics[f"{name}_by_type"] = {}
+        print(f"\n{name:20} questions    right    blind    floor     loss  blind loss")
+        for question_type, group in [*sorted(groups.items()), ("all", records)]:
+            row = table[question_type] = {}
+            for column in ("right", "blind_right", "floor_right", "loss", "blind_loss"):
+                values = [record[column] for record in group if record[column] is not None]
+                row[column] = sum(values) / len(values) if values else None
+            cells = ["-" if value is None else f"{value:.3f}" for value in row.values()]
+            print(f"{question_type:20} {len(group):9}", *(f"{cell:>8}" for cell in cells))
+        names = (name, f"{name}_blind", f"{name}_floor", f"{name}_loss", f"{name}_blind_loss")
+        metrics |= dict(zip(names, table["all"].values()))
+        everything += records
+        for i, record in enumerate(records[:8] if name.startswith("qa") else []):
+            verdict = "right" if record["right"] else f"it is {record['references'][0][:60]}"
+            pictures += samples[i].images[:1] or [Image.new("RGB", (8, 8))]
+            texts.append(f"{record['question'][:100]}\n{record['answer'][:60]}  ({verdict})")
+    (out / "answers.json").write_text(json.dumps(everything, indent=1))
+    if pictures:
+        contact_sheet(pictures, texts).save(out / "samples.png")
+    return metrics
+
+
+# ---- Your question ---------------------------------------------------------------------------
+def parse_arguments():
     parser = argparse.ArgumentParser(description="Ask a trained model about a picture.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -106,32 +170,84 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
+def main():
     args = parse_arguments()
-    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans anew for each length
-    model = MLLM.load(args.out / "instruct.pt").to(args.device).eval()
-    tokenizer = Tokenizer.load(args.out / "tokenizer.json")
-    asked = Sample([read_image(path) for path in args.image], [])
-    if not asked.images:
-        run = load_file(args.out / "instruct.pt")["run"]
+    model, checkpoint = load_model(args.out / "instruct.pt")
+    model.to(args.device).eval()
+    collate = collate_for(model, tokenizer_from(checkpoint["tokenizer"]))
+    images = [read_image(path) for path in args.image]
+    if not images:  # draw a scene of the kind that the model was trained on
+        run = checkpoint["run"]
         check(not run["data"], "give --image: this model was trained on your own pictures")
-        asked.images.append(fresh_scene(run, args.seed, args.out / "scene.png"))
+        rng = random.Random(args.seed)
+        spec = SceneSpec(run["vit"]["image_size"][0], **run["scenes"])
+        images = [draw(random_things(spec, rng), spec.image_size, rng)]
+        images[0].resize((384, 384), Image.Resampling.NEAREST).save(args.out / "scene.png")
+        print(f"drew {args.out / 'scene.png'}")
     if args.attention:
         check(model.config.connector == "qformer", "this model has no Q-Former")
-        draw_attention(model, asked.images[0], args.out / "attention.png")
+        draw_attention(model, images[0], args.out / "attention.png")
     generator = torch.Generator(args.device)
     generator.manual_seed(random.randrange(2**32) if args.seed is None else args.seed)
-    for question in iter(lambda: input("you: "), None) if args.chat else [args.prompt]:
-        pictures = "" if asked.turns else "<image> " * len(asked.images)
-        asked.turns.append((pictures + question.replace("<image>", " "), None))
-        print("model: " if args.chat else f"you: {question}\nmodel: ", end="")
+    turns = []
+    questions = iter(lambda: input("you: "), None) if args.chat else [args.prompt]
+    for question in questions:
+        question = question.replace("<image>", " ")
+        if not args.chat:
+            print(f"you: {question}")
+        if not turns:  # all pictures come with the first question
+            question = "<image> " * len(images) + question
+        print("model: ", end="")
         pieces = []
-        for piece in stream(model, tokenizer, asked, args.max_new_tokens, generator=generator,
+        for piece in stream(model, collate, Sample(images, [*turns, (question, None)]),
+                            args.max_new_tokens, generator=generator,
                             temperature=args.temperature, top_k=args.top_k):
             print(piece, end="", flush=True)
             pieces.append(piece)
         print()
-        asked.turns[-1] = asked.turns[-1][0], "".join(pieces)
+        turns.append((question, "".join(pieces)))
+
+
+# You have read how a model is asked. What follows draws where its Q-Former looks.
+
+# ---- Attention -------------------------------------------------------------------------------
+@torch.no_grad()
+def attention_maps(model, images):
+    """How much each query attends to each patch in each cross-attention, the mean over heads.
+    Pixels (N, 3, height, width) -> (N, cross-attentions, Q, P), the class token first."""
+    calls, hooks, maps = [], [], []
+    for block in model.connector.blocks:
+        if block.cross_attention:
+            hooks.append(block.cross_attention.register_forward_hook(
+                lambda attention, inputs, _: calls.append((attention, *inputs))))
+    model.encode_images(images)
+    for hook in hooks:
+        hook.remove()
+    for attention, queries, features in calls:
+        heads = (attention.n_heads, -1)
+        q = attention.q_proj(queries).unflatten(-1, heads).transpose(1, 2)  # (N, H, Q, Dh)
+        k = attention.k_proj(features).unflatten(-1, heads).transpose(1, 2)  # (N, H, P, Dh)
+        scores = q @ k.mT / q.shape[-1] ** 0.5  # (N, H, Q, P)
+        maps.append(scores.softmax(dim=-1).mean(dim=1))
+    return torch.stack(maps, dim=1)
+
+
+def draw_attention(model, image, path):
+    """The picture, then for each query the patches that it reads: the less, the darker."""
+    height, width = model.vit.image_size
+    pixels = to_pixels(image, (height, width))[None]  # (1, 3, height, width)
+    image = image.resize((width, height))
+    black = Image.new("RGB", (width, height))
+    pictures, texts = [image], ["the picture"]
+    for i, queries in enumerate(attention_maps(model, pixels)[0].cpu()):
+        for query, weights in enumerate(queries):
+            patches = weights[1:].view(model.vit.grid)  # without the class token
+            light = Image.fromarray((255 * patches / patches.max()).byte().numpy())
+            light = light.resize((width, height), Image.Resampling.NEAREST)
+            pictures.append(Image.composite(image, black, light))
+            texts.append(f"cross-attention {i}, query {query}")
+    contact_sheet(pictures, texts, columns=6, side=144).save(path)
+    print(f"drew {path}")
 
 
 if __name__ == "__main__":

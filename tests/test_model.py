@@ -1,16 +1,18 @@
 """ViT, projector, decoder and the whole: what attends to what, stays untouched, comes out."""
 import math
+import pickle
+from dataclasses import asdict
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model import (GPT, MLLM, PARTS, GPTAttention, ModelConfig, PatchMerge, ViT, ViTBlock,
-                   drop_path, load_file, make_projector, part_of, pick_token, resize_positions,
-                   rotate, rotation)
+from model import (GPT, MLLM, PARTS, GPTAttention, ModelConfig, PatchMerge, ViT, cast_frozen,
+                   drop_path, load_model, make_projector, part_of, pick_token, resize_positions,
+                   rotate, rotation, save_file)
 
-Q, IMAGE, V = 3, 1, 40                                    # rows of an image, placeholder id, ids
+Q, IMAGE, V = 3, 1, 40  # tokens of an image, placeholder id, ids
 PICTURE = [IMAGE] * Q
 
 
@@ -28,8 +30,8 @@ DECODER = dict(vocab_size=V, dim=16, n_layers=2, n_heads=4, n_kv_heads=2, r=2, a
 
 
 def make_model(vit={}, qformer={}, projector={}, decoder={}, max_len=40, **options):
-    config = ModelConfig(VIT | vit, dict(in_dim=16, out_dim=16) | projector, DECODER | decoder,
-                         QFORMER | qformer, max_len=max_len, **options)
+    config = ModelConfig(VIT | vit, QFORMER | qformer, dict(in_dim=16, out_dim=16) | projector,
+                         DECODER | decoder, max_len=max_len, **options)
     return scramble(MLLM(config), std=0.8)
 
 
@@ -41,16 +43,11 @@ def make_vit(**options):
     return scramble(ViT(**(VIT | dict(image_size=(8, 12)) | options)))
 
 
-def make_gpt(**options):
-    return scramble(GPT(**(DECODER | options)))
-
-
 # ---- ViT, connectors, projector --------------------------------------------------------------
 
 def test_interpolated_positions_keep_rows_columns_and_the_class_token():
-    patches = torch.cartesian_prod(torch.arange(2.0), torch.arange(3.0))[None]   # (row, column)
+    patches = torch.cartesian_prod(torch.arange(2.0), torch.arange(3.0))[None]  # (row, column)
     learned = torch.cat([torch.full((1, 1, 2), 5.0), patches], dim=1)
-    assert torch.equal(resize_positions(learned, (2, 3), (2, 3)), learned)
     grown = resize_positions(learned, (2, 3), (5, 4))
     assert torch.equal(grown[:, :1], learned[:, :1])
     rows, columns = grown[0, 1:].view(5, 4, 2).unbind(dim=-1)
@@ -65,29 +62,16 @@ def test_patches_stand_in_reading_order_behind_the_class_token():
     before = vit(image)
     torch.testing.assert_close(before[:, :1], vit.class_token + positions[:, :1])
     torch.testing.assert_close(before[:, 1:], vit.patch_embedding.bias + positions[:, 1:])
-    image[:, :, 4:8, 12:16] = 1                           # the patch at row 1, column 3 of 5
+    image[:, :, 4:8, 12:16] = 1  # the patch at row 1, column 3 of 5
     changed = (vit(image) != before).any(dim=-1)[0]
     assert changed.nonzero().tolist() == [[1 + 1 * 5 + 3]]
-
-
-def test_vit_block_equals_that_of_torch():
-    ours = scramble(ViTBlock(16, 4, 24, activation="gelu", drop_path_rate=0.0))
-    theirs = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, activation="gelu", norm_first=True,
-                                        layer_norm_eps=1e-6, batch_first=True)
-    names = {"self_attn.in_proj_": "qkv.", "self_attn.out_proj.": "out_proj.", "linear1.": "mlp.0.",
-             "linear2.": "mlp.2.", "norm1.": "norm1.", "norm2.": "norm2."}
-    state = ours.state_dict()
-    theirs.load_state_dict({their + kind: state[our + kind]
-                            for their, our in names.items() for kind in ("weight", "bias")})
-    x = torch.randn(2, 5, 16)
-    torch.testing.assert_close(ours(x), theirs(x))
 
 
 def test_gradient_checkpointing_keeps_the_gradients_and_less_than_half_of_the_activations():
     gradients, kept = [], []
     for use_grad_checkpoint in (False, True):
         vit = make_vit(use_grad_checkpoint=use_grad_checkpoint, drop_path_rate=0.5).train()
-        torch.manual_seed(3)                              # so that both drop the same paths
+        torch.manual_seed(3)  # so that both drop the same paths
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: [sizes.append(x.numel()), x],
                                                       lambda kept: kept[1]):
@@ -101,30 +85,31 @@ def test_gradient_checkpointing_keeps_the_gradients_and_less_than_half_of_the_ac
 
 def test_drop_path_drops_whole_samples_in_training_and_keeps_the_expectation():
     torch.manual_seed(0)
-    x = torch.ones(20_000, 2, 3)
+    x = torch.ones(20_000, 2, 16)
     y = drop_path(x, 0.25, training=True)
     torch.testing.assert_close(y, y[:, :1, :1].expand_as(y))
     assert y.unique().tolist() == pytest.approx([0, 4 / 3])
     assert y.mean().item() == pytest.approx(1, abs=0.02)
-    assert torch.equal(drop_path(x, 0.25, training=False), x)
-    rates = [block.drop_path_rate for block in make_vit(n_layers=3, drop_path_rate=0.4).blocks]
-    assert rates == pytest.approx([0, 0.2, 0.4])          # deeper blocks are dropped more often
+    blocks = make_vit(n_layers=3, drop_path_rate=1 - 1e-9).train().blocks
+    rates = [block.drop_path_rate for block in blocks]
+    assert rates == pytest.approx([0, 0.5, 1])  # deeper blocks are dropped more often
+    assert torch.equal(blocks[-1](x), x)  # it has lost both branches
 
 
-def test_patch_merging_puts_neighbours_side_by_side_and_drops_the_class_token():
+def test_patch_merging_puts_neighbors_side_by_side_and_drops_the_class_token():
     features = torch.randn(2, 9, 5)
     expected = torch.cat([features[:, 1 + i::4] for i in range(4)], dim=-1)  # (2, 2, 20)
     assert torch.equal(PatchMerge(4)(features), expected)
     assert torch.equal(PatchMerge(1)(features), features[:, 1:])
 
 
-@pytest.mark.parametrize("connector, n_rows", [("patch-merge", 2), ("patches", 8)])
-def test_without_a_qformer_every_pixel_counts_in_as_many_rows_as_announced(connector, n_rows):
-    width = 16 * 8 // n_rows                              # an image has 2 x 4 patches
-    model = make_model(connector=connector, projector=dict(in_dim=width))
-    assert model.config.n_rows((8, 16)) == n_rows and not list(model.qformer.parameters())
+@pytest.mark.parametrize("connector, n_tokens", [("patch-merge", 2), ("patches", 8)])
+def test_without_a_qformer_every_pixel_counts_in_as_many_tokens_as_announced(connector, n_tokens):
+    width = 16 * 8 // n_tokens  # an image has 2 x 4 patches
+    model = make_model(dict(image_size=(8, 16)), connector=connector, projector=dict(in_dim=width))
+    assert model.n_image_tokens == n_tokens and not list(model.connector.parameters())
     images = torch.rand(1, 3, 8, 16, requires_grad=True)
-    ids = torch.tensor([[5, *[IMAGE] * n_rows, 7, 8]])
+    ids = torch.tensor([[5, *[IMAGE] * n_tokens, 7, 8]])
     model(ids, images, ids)[1].backward()
     assert (images.grad != 0).all()
 
@@ -135,7 +120,7 @@ def test_projector_equals_its_linears_with_activations_between_them_and_a_norm_b
     assert torch.equal(deep(x), c(F.gelu(b(F.gelu(a(x))))))
     options = dict(hidden_dim=7, activation="quick_gelu", normalization=True)
     a, _, b, norm = mlp = scramble(make_projector(6, 10, "mlp", **options))
-    hidden = a(x)                                         # (2, 7)
+    hidden = a(x)  # (2, 7)
     torch.testing.assert_close(mlp(x), norm(b(hidden * torch.sigmoid(1.702 * hidden))))
     assert [(m.in_features, m.out_features) for m in (a, b, c)] == [(6, 7), (7, 10), (10, 10)]
     assert [type(module) for module in make_projector(6, 10)] == [nn.Linear]
@@ -146,13 +131,13 @@ def test_projector_equals_its_linears_with_activations_between_them_and_a_norm_b
     (lambda: make_vit(n_heads=3), "multiple of n_heads"),
     (lambda: make_vit(image_size=(0, 8)), "patch_size 4, got 0 x 8"),
     (lambda: make_vit()(torch.zeros(1, 3, 8, 10)), "patch_size 4, got 8 x 10"),
-    (lambda: make_model(connector="patch-merge").config.n_rows((8, 12)), "an image has 6"),
-    (lambda: make_projector(6, 10, "mlp0x_gelu"), "'mlp0x_gelu'.*'mlp'.*'mlpNx_gelu'"),
-    (lambda: make_projector(6, 10, activation="tanh"), "'tanh'.*gelu.*silu"),
+    (lambda: make_projector(6, 10, "mlp0x_gelu"), "'mlp0x_gelu'"),
     (lambda: make_projector(6, 10, "identity"), "width 6 to 10"),
-    (lambda: make_gpt(dim=12), "n_heads 4 an even width"),
+    (lambda: make_model(decoder=dict(dim=12)), "n_heads 4 an even width"),
+    (lambda: make_model(connector="mlp"), "no connector 'mlp'"),
+    (lambda: make_model(lora_on="text"), "lora_on 'text'"),
+    (lambda: make_model(dict(image_size=12), connector="patch-merge"), "3, 3.*divide by 4"),
     (lambda: make_model()(torch.tensor([PICTURE]), make_images(2)), "3 place.* 2 images make 6"),
-    (lambda: make_model()(torch.tensor([PICTURE]), None), "3 placeholders, but 0 images make 0"),
     (lambda: generate(make_model(max_len=8), [[5] * 5], 0, 4), "5 tokens.*up to 4.*max_len 8")])
 def test_what_cannot_work_raises_and_says_why(ask, message):
     with pytest.raises(ValueError, match=message):
@@ -162,19 +147,11 @@ def test_what_cannot_work_raises_and_says_why(ask, message):
 # ---- Decoder ---------------------------------------------------------------------------------
 
 def test_rotation_turns_each_pair_by_the_angle_worked_by_hand():
-    x = torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(1, 2, 1, 4)   # pairs (0, 2), (1, 3) at angle 0
+    x = torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(1, 2, 1, 4)  # pairs (0, 2), (1, 3) at angle 0
     y = rotate(x, rotation(torch.tensor([[0, 5]]), 4, theta=100.0))
-    assert torch.equal(y[0, 0], x[0, 0])                  # speeds are 100^0 and 100^(-2/4) = 0.1
+    assert torch.equal(y[0, 0], x[0, 0])  # speeds are 100^0 and 100^(-2/4) = 0.1
     expected = [math.cos(5), math.cos(0.5), math.sin(5), math.sin(0.5)]
     assert y[0, 1, 0].tolist() == pytest.approx(expected, abs=1e-6)
-
-
-def test_no_token_attends_to_a_later_one():
-    gpt, x = make_gpt(), torch.randn(2, 5, 16)
-    is_image, other = torch.tensor([[True, False, True, False, True]] * 2), x.clone()
-    other[:, 2] += 1
-    changed = (gpt(x, is_image) - gpt(other, is_image)).abs().amax(dim=(0, 2))
-    assert (changed[:2] < 1e-5).all() and (changed[2:] > 1e-4).all()
 
 
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
@@ -187,23 +164,12 @@ def test_grouped_query_attention_equals_a_slow_reference_with_repeated_heads(n_k
     k, v = rotate(k.unflatten(-1, (n_kv_heads, 4)), rope), v.unflatten(-1, (n_kv_heads, 4))
     y = torch.zeros(2, 5, 4, 4)
     for head in range(4):
-        shared = head // (4 // n_kv_heads)                # neighbours share keys and values
+        shared = head // (4 // n_kv_heads)  # neighbors share keys and values
         for t in range(5):
             scores = torch.einsum("bd,bsd->bs", q[:, t, head], k[:, :t + 1, shared]) / 2
             y[:, t, head] = torch.einsum("bs,bsd->bd", scores.softmax(-1), v[:, :t + 1, shared])
     expected = attention.wo(y.flatten(2))
     torch.testing.assert_close(attention(x, positions, rope, None, None), expected)
-
-
-def test_feed_forward_is_swiglu_of_the_normed_input():
-    block = make_gpt().blocks[0]
-    nn.init.zeros_(block.attention.wo.weight)             # leaves the feed-forward half alone
-    x, positions = torch.randn(1, 3, 16), torch.arange(3)[None]
-    h = block.ffn_norm.weight * x / (x.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
-    gate, value = h @ block.w1.weight.T, h @ block.w3.weight.T
-    expected = x + (gate * torch.sigmoid(gate) * value) @ block.w2.weight.T
-    rope = rotation(positions, 4, 10_000.0)
-    torch.testing.assert_close(block(x, positions, rope, None, None), expected)
 
 
 def test_fresh_biases_of_the_first_block_let_head_h_look_h_plus_one_tokens_back():
@@ -218,16 +184,17 @@ def test_fresh_biases_of_the_first_block_let_head_h_look_h_plus_one_tokens_back(
 
 # ---- Images among the tokens -----------------------------------------------------------------
 
-def test_image_rows_take_the_place_of_their_placeholders_in_order():
-    model, images = make_model(), make_images(3)
-    ids = torch.tensor([[5, *PICTURE, 6, *PICTURE, 0, 0], [*PICTURE, 7, 8, 9, 0, 0, 0, 0]])
+@pytest.mark.parametrize("image_id", [IMAGE, V + 1])  # V + 1: beyond a published vocabulary
+def test_image_tokens_take_the_place_of_their_placeholders_in_order(image_id):
+    model, images, picture = make_model(image_id=image_id), make_images(3), [image_id] * Q
+    ids = torch.tensor([[5, *picture, 6, *picture, 0, 0], [*picture, 7, 8, 9, 0, 0, 0, 0]])
     x, is_image = model.embed(ids, images)
-    assert torch.equal(is_image, ids == IMAGE)
+    assert torch.equal(is_image, ids == image_id)
     assert torch.equal(x[is_image], model.encode_images(images).flatten(0, 1))
     assert torch.equal(x[~is_image], model.decoder.token_embedding.weight[ids[~is_image]])
 
 
-def test_bytes_are_normalised_with_mean_and_deviation_of_their_channel():
+def test_bytes_are_normalized_with_mean_and_deviation_of_their_channel():
     model = make_model(pixel_mean=(0.5, 0.25, 0.4), pixel_std=(0.25, 0.25, 0.2))
     pixels = torch.tensor([255, 0, 51], dtype=torch.uint8)[None, :, None, None].expand(2, 3, 1, 4)
     normalized = model.normalize(pixels)
@@ -263,9 +230,9 @@ def test_a_batch_without_images_gives_all_but_the_decoder_no_gradient_or_exactly
     for name, parameter in model.named_parameters():
         if part_of(name) == "decoder":
             assert parameter.grad.any(), name
-        elif images is None:                              # the plain decoder runs alone
+        elif images is None:  # the plain decoder runs alone
             assert parameter.grad is None, name
-        else:                                             # data-parallel training waits for each
+        else:  # data-parallel training waits for each
             assert torch.count_nonzero(parameter.grad) == 0, name
 
 
@@ -276,15 +243,6 @@ def test_a_batch_with_an_image_gives_every_parameter_and_all_adapters_a_gradient
     assert trained == [name for name, _ in model.named_parameters()]
     adapted = {name.split(".")[-2] for name in trained if name.endswith("lora_B")}
     assert adapted == {"wqkv", "wo", "w1", "w2", "w3"}
-
-
-def test_labels_on_text_leave_the_last_block_only_the_adapters_of_keys_and_values():
-    model, ids = make_model(), torch.tensor([[5, *PICTURE, 7, 8]])
-    model(ids, make_images(1), torch.where(ids == 8, ids, -100))[1].backward()
-    last = model.decoder.blocks[-1]
-    assert [name for name, parameter in last.named_parameters() if "lora_" in name
-            and parameter.grad.any()] == ["attention.wqkv.lora_A", "attention.wqkv.lora_B"]
-    assert not last.attention.wqkv.lora_B.grad[:16].any()  # the rows of queries
 
 
 def test_loss_is_that_of_predicting_each_label_from_the_logits_before_it():
@@ -315,7 +273,8 @@ def generate_slowly(model, prompt, images, n_tokens):
     x, is_adapted = model.embed(torch.tensor([prompt]), images)
     answer = []
     for _ in range(n_tokens):
-        answer.append(int(model.decoder(x, is_adapted)[0, -1].argmax()))
+        x_last = model.decoder(x, is_adapted)[0, -1]
+        answer.append(int(model.decoder.lm_head(x_last).argmax()))
         x = torch.cat([x, model.decoder.token_embedding.weight[answer[-1]][None, None]], dim=1)
         is_adapted = F.pad(is_adapted, (0, 1), value=model.config.lora_on == "all")
     return answer
@@ -331,18 +290,18 @@ def test_generation_with_a_cache_equals_the_full_forward(prompts, lora_on):
     expected = [generate_slowly(model, *pair, 10) for pair in zip(prompts, own)]
     answers = generate(model, prompts, sum(n_images), 10)
     assert answers == expected
-    assert all(len(set(answer)) > 2 for answer in answers)   # one that repeats itself shows little
+    assert all(len(set(answer)) > 2 for answer in answers)  # one that repeats itself shows little
 
 
-def test_a_row_that_has_stopped_yields_stop_id_until_all_have_stopped():
+def test_a_text_that_has_stopped_yields_stop_id_until_all_have_stopped():
     model = make_model()
     free = generate(model, UNEVEN, 3, 20)
     stop_id = next(token for token in free[0][:8] if token not in free[1][:8])
     ends = [answer.index(stop_id) if stop_id in answer else 20 for answer in free]
-    length = min(20, 8 * (max(ends) // 8 + 1))  # it is looked up after every eighth token
+    length = min(20, max(ends) + 1)
     for answer, free_answer, end in zip(generate(model, UNEVEN, 3, 20, stop_id), free, ends):
         assert answer == free_answer[:end] + [stop_id] * (length - end)
-    assert generate(model, [[7]], 0, 20, stop_id=free[1][0]) == [free[1][:1] * 8]
+    assert generate(model, [[7]], 0, 20, stop_id=free[1][0]) == [free[1][:1]]
 
 
 def test_generation_draws_from_its_own_generator():
@@ -355,6 +314,7 @@ def test_generation_draws_from_its_own_generator():
 @pytest.mark.parametrize("sampling, expected", [
     (dict(temperature=0.0), [0, 1, 0, 0]),
     (dict(temperature=2.0), [0.15, 0.5, 0.05, 0.3]),
+    (dict(temperature=2.0, top_k=9), [0.15, 0.5, 0.05, 0.3]),
     (dict(temperature=2.0, top_k=1), [0, 1, 0, 0]),
     (dict(temperature=2.0, top_k=2), [0, 0.625, 0, 0.375])])
 def test_tokens_are_drawn_with_the_probabilities_worked_by_hand(sampling, expected):
@@ -380,30 +340,30 @@ def test_only_the_chosen_part_is_trainable(part):
 def test_frozen_modules_stay_in_eval_mode_until_they_are_trainable_again():
     model, images = make_model(dict(drop_path_rate=0.5), dict(dropout=0.5)), make_images(4)
     model.train_only(("projector", "adapters"))
-    nn.Sequential(model).train()                          # as a wrapper around the model does
-    frozen = model.vit, model.ln_vision, model.qformer, model.decoder.norm
+    nn.Sequential(model).train()  # as a wrapper around the model does
+    frozen = model.vit, model.ln_vision, model.connector, model.decoder.norm
     assert not any(module.training for part in frozen for module in part.modules())
     trainable = model, *model.projector.modules(), model.decoder, model.decoder.blocks[0].w1
     assert all(module.training for module in trainable)
     assert torch.equal(model.encode_images(images), model.encode_images(images))
     model.train_only(PARTS)
     assert all(module.training for module in model.modules())
-    for part, x in ((model.vit, images), (model.qformer, torch.ones(1, 4, 16))):
+    for part, x in ((model.vit, images), (model.connector, torch.ones(1, 4, 16))):
         assert not torch.equal(part(x), part(x))
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_fresh_model_leaves_no_parameter_uninitialised(tied):
+def test_a_fresh_model_leaves_no_parameter_uninitialized(tied):
     config = make_model(dict(pre_norm=True), dict(vocab_size=9 * tied),
                         decoder=dict(tied=tied, qkv_bias=True)).config
-    torch.use_deterministic_algorithms(True)              # fills the memory of torch.empty with NaN
+    torch.use_deterministic_algorithms(True)  # fills the memory of torch.empty with NaN
     try:
         model = MLLM(config)
     finally:
         torch.use_deterministic_algorithms(False)
     assert [name for name, p in model.named_parameters() if not p.isfinite().all()] == []
     assert (model.decoder.lm_head.weight is model.decoder.token_embedding.weight) == tied
-    assert model.qformer.query_tokens.std() > 0.01        # equal queries would stay equal for ever
+    assert model.connector.query_tokens.std() > 0.01  # equal queries would stay equal for ever
 
 
 def test_casting_touches_frozen_linears_and_convolutions_alone_and_no_result_under_autocast():
@@ -411,7 +371,7 @@ def test_casting_touches_frozen_linears_and_convolutions_alone_and_no_result_und
     model.train_only(("projector", "adapters"))
     with torch.autocast("cpu", torch.bfloat16):
         before = model(ids, make_images(1))[0]
-        model.cast_frozen()
+        cast_frozen(model)
         assert torch.equal(model(ids, make_images(1))[0], before)
         model(ids, make_images(1), ids)[1].backward()
     half = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
@@ -422,20 +382,22 @@ def test_casting_touches_frozen_linears_and_convolutions_alone_and_no_result_und
     assert {p.grad.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
-def test_a_saved_model_comes_back_the_same(tmp_path):
-    path, model = tmp_path / "model.pt", make_model(qformer=dict(vocab_size=9))
-    model.save(path, stage="align")
-    loaded = MLLM.load(path)
-    assert loaded.config == model.config and load_file(path)["stage"] == "align"
+def save_model(path, **more):
+    model = make_model(qformer=dict(vocab_size=9))
+    save_file(dict(config=asdict(model.config), model=model.state_dict(), **more), path)
+    return model
+
+
+def test_a_saved_model_comes_back_the_same_even_after_a_save_that_broke_off(tmp_path):
+    model = save_model(tmp_path / "model.pt", stage="align")
+    with pytest.raises((pickle.PicklingError, AttributeError)):  # nothing nameless can be saved
+        save_model(tmp_path / "model.pt", broken=lambda: 0)
+    loaded, checkpoint = load_model(tmp_path / "model.pt")
+    assert loaded.config == model.config and checkpoint["stage"] == "align"
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
-class Trap:
-    def __reduce__(self):                                 # unpickling it would run this code
-        return eval, ("1 / 0",)
-
-
 def test_loading_runs_no_code_from_the_file(tmp_path):
-    make_model().save(tmp_path / "model.pt", trap=Trap())
-    with pytest.raises(ValueError, match="model.pt: not a whole checkpoint"):
-        MLLM.load(tmp_path / "model.pt")
+    save_model(tmp_path / "model.pt", function=print)
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        load_model(tmp_path / "model.pt")

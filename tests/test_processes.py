@@ -43,10 +43,10 @@ def train_in(n, out, *more):
 def test_two_processes_train_like_one_even_where_one_has_no_picture(tmp_path, monkeypatch):
     Image.effect_noise((48, 48), 90).save(tmp_path / "a.png")
     records = []
-    for i in range(8):
-        messages = [{"from": "human", "value": "<image> what is it?" if i % 2 else "who?"},
-                    {"from": "gpt", "value": "a picture " * (i + 1)}]
-        records.append({"image": ["a.png"] * (i % 2), "conversations": messages})
+    for i in range(8):  # without merges each byte is a token: all answers have as many
+        talk = [("human", f"{'<image>' * (i % 2)} what is {i}?"), ("gpt", f"it is a {9 - i}")]
+        records.append({"image": ["a.png"] * (i % 2), "conversations": [
+            {"from": who, "value": text} for who, text in talk]})
     (tmp_path / "data.json").write_text(json.dumps(records))
 
     def plain_steps(model, config, stage):  # Muon and AdamW do not mind the scale of a gradient
@@ -54,19 +54,19 @@ def test_two_processes_train_like_one_even_where_one_has_no_picture(tmp_path, mo
         return [torch.optim.SGD([dict(params=trainable, peak=0.02)])]
 
     monkeypatch.setattr(train, "make_optimizers", plain_steps)
-    alike = [f"--data={tmp_path / 'data.json'}", "batch_size=2", "itc_weight=0.0", "itm_weight=0.0",
-             "clip=1e9", *(f"{stage}_samples=6" for stage in STAGES),
-             *(f"{name}=0.0" for name in DROPOUT)]
+    monkeypatch.setattr(train, "MAX_GRADIENT_NORM", 1e9)  # nor does what clips it
+    alike = [f"--data={tmp_path / 'data.json'}", "--vocab-size=265", "--batch-size=2",
+             "--itc-weight=0", "--itm-weight=0", *(f"--{stage}-samples=6" for stage in STAGES),
+             *(f"{flag}=0" for flag in DROPOUT)]
     assert train_in(1, tmp_path / "one", *alike) == [True]
     assert train_in(2, tmp_path / "two", *alike) == [True, True]
     for stage in STAGES:
-        one, two = (checkpoint(tmp_path / out, stage) for out in ("one", "two"))
-        assert two["losses"] == pytest.approx(one["losses"], rel=1e-3)
-        torch.testing.assert_close(two["model"], one["model"], rtol=1e-3, atol=1e-5)
+        one, two = (checkpoint(tmp_path / out, stage)["model"] for out in ("one", "two"))
+        torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5)
 
 
 def test_a_run_killed_while_it_writes_a_state_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    save, settings = torch.save, ("batch_size=8", "vision_samples=24")
+    save, settings = torch.save, ("--batch-size=8", "--vision-samples=24")
 
     def write_half(content, path):
         if len(content["losses"]) == 2:  # after the second step of `vision`
@@ -76,7 +76,7 @@ def test_a_run_killed_while_it_writes_a_state_goes_on_to_the_same_bits(tmp_path,
 
     assert train_in(2, tmp_path / "whole", *settings) == [True, True]
     monkeypatch.setattr(torch, "save", write_half)
-    assert train_in(2, tmp_path / "cut", *settings, "save_every=1") == [False, False]
+    assert train_in(2, tmp_path / "cut", *settings, "--save-every=1") == [False, False]
     monkeypatch.setattr(torch, "save", save)
     assert train_in(2, tmp_path / "cut", "--resume") == [True, True]
     whole, cut = (checkpoint(tmp_path / out) for out in ("whole", "cut"))

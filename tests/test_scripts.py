@@ -7,17 +7,21 @@ import torch
 
 import ablate
 import bench
+import chain
 import train
 
 TINY = ("--device=cpu --batch-size=4 --eval-samples=2 --language-samples=8 --vision-samples=8 "
-        "--align-samples=16 --instruct-samples=16 --set workers=0 --set vit.dim=16 "
-        "--set vit.n_layers=1 --set qformer.dim=16 --set qformer.n_layers=2 --set decoder.dim=24 "
-        "--set decoder.n_layers=1 --set decoder.r=2").split()
+        "--align-samples=16 --instruct-samples=16 --vit.dim=16 --vit.n-layers=1 --qformer.dim=16 "
+        "--qformer.n-layers=2 --decoder.dim=24 --decoder.n-layers=1 --decoder.r=2").split()
 bench.REPEATS = 1
 
 
-def table(monkeypatch, out, name):
-    """Makes a table of `ablate.py` within this process: its rows, and the stages that it ran."""
+def config_of(*words):
+    return train.settings(train.parse_arguments(words), None)[0]
+
+
+def make_table(monkeypatch, out, name):
+    """A table of `ablate.py` within this process: its lines, and the stages that it ran."""
     stages = []
 
     def run(command, **options):
@@ -28,35 +32,38 @@ def table(monkeypatch, out, name):
     monkeypatch.setattr("sys.argv", ["ablate.py", name, f"--out={out}", *TINY])
     monkeypatch.setattr(ablate.subprocess, "run", run)
     monkeypatch.setattr(ablate, "sight", partial(ablate.sight, n=8, among=4))
-    monkeypatch.setattr(train, "corpus", partial(train.corpus, at_most=100))
+    monkeypatch.setattr(train, "texts_of", partial(train.texts_of, at_most=100))
     ablate.main()
-    return json.loads((out / f"{name}.json").read_text()), sorted(stages)
+    return json.loads((out / f"{name}.json").read_text(encoding="utf-8")), sorted(stages)
 
 
-def test_a_table_runs_each_stage_once_with_the_flags_of_its_rows(monkeypatch, tmp_path):
-    monkeypatch.setitem(ablate.TABLES, "mine", (("trainable", "rows", "ITG nats", *ablate.DRIFT), [
-        ("a", "", "--recipe plora"), ("b", "", "--recipe plora --set decoder.r=4"),
-        ("c", "--set qformer.n_queries=3", "--recipe lora")]))
-    (a, b, c), stages = table(monkeypatch, tmp_path, "mine")
+def test_a_table_runs_each_stage_once_with_the_flags_of_its_lines(monkeypatch, tmp_path):
+    columns = ("trainable", "image tokens", "connector parameters", "ITG nats", *ablate.DRIFT)
+    monkeypatch.setitem(ablate.TABLES, "mine", (columns, [
+        ("a", "", "--recipe plora"), ("b", "", "--recipe plora --decoder.r=4"),
+        ("c", "--qformer.n-queries=3", "--recipe lora")]))
+    (a, b, c), stages = make_table(monkeypatch, tmp_path, "mine")
     assert stages == ["align"] * 3 + ["instruct"] * 3 + ["language"] + ["vision"] * 2
-    assert b["trainable"] == 2 * a["trainable"] and (a["rows"], b["rows"], c["rows"]) == (16, 16, 3)
+    assert b["trainable"] == 2 * a["trainable"]
+    assert [line["image tokens"] for line in (a, b, c)] == [16, 16, 3]
+    assert a["connector parameters"] - c["connector parameters"] == 13 * 16  # that many queries
     assert a["logits changed"] == 0 < c["logits changed"]  # LoRA changes text
     assert a["text ppl"] == a["after instruct"] and c["text ppl"] != c["after instruct"]
-    assert table(monkeypatch, tmp_path, "mine") == ([a, b, c], [])  # not done again
+    assert make_table(monkeypatch, tmp_path, "mine") == ([a, b, c], [])  # not done again
 
 
 def test_matching_is_measured_on_as_many_right_as_wrong_pairs():
     text = torch.arange(4)[:, None]  # picture i belongs to text i
     for judge, share in ((torch.eq, 1.0), (torch.ne, 0.0), (lambda a, b: a == a, 0.5)):
         qformer = Mock(side_effect=lambda a, b, kind: torch.stack([~judge(a, b), judge(a, b)], -1),
-                       n_queries=1, similarity=lambda rows, text: torch.eye(4),
-                       itm_head=torch.Tensor.float)
-        assert ablate.itm_accuracy(qformer, text, text, None) == share
+                       n_queries=1, itm_head=torch.Tensor.float)
+        assert ablate.itm_accuracy(qformer, text, text, torch.eye(4)) == share
 
 
 def test_every_flag_of_every_run_is_one_of_the_program():
-    for _, first, more in sum((runs for _, runs in ablate.TABLES.values()), []):
-        train.settings(train.parse_arguments(f"{first} {more}".split()))
+    runs = sum((runs for _, runs in ablate.TABLES.values()), [])
+    for _, *flags in runs + chain.RUNS:
+        config_of(*" ".join(flags).split())
 
 
 def test_attention_that_is_uniform_falls_on_things_by_their_share_of_the_pixels(
@@ -64,16 +71,17 @@ def test_attention_that_is_uniform_falls_on_things_by_their_share_of_the_pixels(
     monkeypatch.setattr(ablate, "attention_maps", lambda model, images: torch.full(
         (len(images), 1, 2, 37), 1 / 37))
     monkeypatch.setattr(ablate, "attention", partial(ablate.attention, n=8))
-    rows, _ = table(monkeypatch, tmp_path, "attention")
-    for row in rows:
-        assert row["least"] == row["most"] and abs(row["most"] - row["pixels"]) < 1e-6
-        assert 0.05 < row["pixels"] < 0.3 and abs(row["class token"] - 1 / 37) < 1e-6
+    table, _ = make_table(monkeypatch, tmp_path, "attention")
+    for line in table:
+        assert line["least"] == line["most"] and abs(line["most"] - line["pixels"]) < 1e-6
+        assert 0.05 < line["pixels"] < 0.3 and abs(line["class token"] - 1 / 37) < 1e-6
 
 
 def test_the_benchmarks_of_steps_and_data_measure_every_stage(monkeypatch):
     longer = [f"--{stage}-samples=99" for stage in train.STAGES]
-    monkeypatch.setattr(bench, "CONFIG", train.settings(train.parse_arguments(TINY + longer)))
+    monkeypatch.setattr(bench, "CONFIG", config_of(*TINY, *longer))
     monkeypatch.setattr(train, "PRESETS", {"tiny": bench.CONFIG})
-    for row, again, stage in zip(bench.step(), bench.data(), train.STAGES, strict=True):
-        assert row["stage"] == again["stage"] == stage and row["samples a second"] > 0
+    monkeypatch.setattr(bench, "texts_of", lambda scenes, _: train.texts_of(scenes, at_most=100))
+    for line, again, stage in zip(bench.step(), bench.data(), train.STAGES, strict=True):
+        assert line["stage"] == again["stage"] == stage and line["samples a second"] > 0
         assert (again["MB a batch"] < 0.01) == (stage == "language")  # pictures of 48 x 48 bytes
