@@ -79,6 +79,12 @@ class SceneSpec:
     n_places: int = 5
     max_things: int = 3
 
+    def __post_init__(self):
+        most = {"n_colors": len(COLORS), "n_shapes": len(SHAPES), "n_places": len(CELLS),
+                "max_things": min(self.n_places, len(self.training_pairs))}
+        for name, limit in most.items():
+            check(1 <= getattr(self, name) <= limit, f"scenes.{name} must be 1 to {limit}")
+
     @property
     def pairs(self):
         colors = list(COLORS)[:self.n_colors]
@@ -86,7 +92,8 @@ class SceneSpec:
 
     @property
     def unseen_pairs(self):
-        """One pair of each shape that is in no training picture or text: red circle, ..."""
+        """One pair of each shape, in no training picture or text: red circle, green square, ...
+        Can the model put together what it never saw together?"""
         colors = list(COLORS)[:self.n_colors]
         return [(colors[i % len(colors)], SHAPES[i]) for i in range(self.n_shapes)]
 

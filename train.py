@@ -268,6 +268,7 @@ def make_optimizers(model, config, stage):
     if adamw_groups:
         optimizers.append(torch.optim.AdamW(adamw_groups.values(), betas=(0.9, 0.95),
                                             weight_decay=0.0, fused=True))
+    check(len(optimizers) > 0, f"nothing is trainable in {stage!r}")
     return optimizers
 
 
@@ -404,6 +405,7 @@ def main():
         tokenizer = tokenizer_from((state or earlier)["tokenizer"])
     elif config.llm_folder:
         tokenizer = PublishedTokenizer.load(Path(config.llm_folder) / "tokenizer.json")
+        check(tokenizer.pad_id <= config.decoder["vocab_size"], "the tokenizer is of another model")
     else:
         tokenizer = Tokenizer.train(texts_of(own_train or data["language"]), config.vocab_size)
     # Build the model of each stage without memory: better an error now than after hours.
@@ -696,22 +698,26 @@ def settings(arguments, state):
             earlier = load_file(arguments.out / f"{stage}.pt")
     if earlier and not arguments.preset:
         config = Config(**earlier["run"])
-    for name, value in vars(arguments).items():
-        if name in flat(CPU):
-            field, _, key = name.partition(".")
-            value = tuple(value) if isinstance(value, list) else value
-            if key:
-                value = getattr(config, field) | {key: value}
-            config = replace(config, **{field: value})
+    flags = {name: value for name, value in vars(arguments).items() if name in flat(CPU)}
+    config = replace(config, **{name: flags[name] for name in flags if "." not in name})
     if not earlier:
         for part, (sizes, _) in published_parts(config).items():
             sizes = getattr(config, SIZES_OF[part]) | sizes
             config = replace(config, **{SIZES_OF[part]: sizes})
+    for name, value in flags.items():
+        field, _, key = name.partition(".")
+        if key:
+            value = tuple(value) if isinstance(value, list) else value
+            config = replace(config, **{field: getattr(config, field) | {key: value}})
     for name, value in asdict(config).items():
         if name.endswith(("_samples", "_turns", "_every", "batch_size")):
             check(value > 0, f"{name} must be at least 1, got {value}")
-    check(config.batch_size % rank_and_world()[1] == 0,
-          "--batch-size must divide by the number of processes")
+    world = rank_and_world()[1]
+    check(config.batch_size % world == 0, "--batch-size must divide by the number of processes")
+    check(config.batch_size > world or not config.itm_weight or "vision" not in
+          needed_stages(config), "ITM needs two samples in each process: raise --batch-size")
+    check(config.qformer["n_layers"] > 1 or bool(config.qformer_folder),
+          "--qformer.n-layers must be at least 2: the last block is left out after 'vision'")
     check(bool(config.data) or not config.val + config.images, "--val and --images need --data")
     check(bool(config.vit_folder) or not config.qformer_folder,
           "BLIP-2's Q-Former needs the features of its own ViT: give --vit-folder, too")

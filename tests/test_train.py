@@ -18,9 +18,10 @@ from train import RECIPES, STAGE_0, STAGES
 GOLDEN = Path(__file__).parent / "golden"
 # Flags: a model of a few thousand parameters, three steps in each stage, and dropout.
 DROPOUT = ["--vit.drop-path-rate", "--qformer.dropout", "--decoder.lora-dropout"]
-TINY = ["--vit.dim=16", "--vit.n-layers=1", "--qformer.dim=16", "--qformer.n-layers=2",
-        "--qformer.n-queries=2", "--decoder.dim=24", "--decoder.n-layers=2", "--decoder.r=2",
-        "--decoder.n-kv-heads=1", "--no-bf16", "--batch-size=4", "--eval-samples=6",
+TINY = ["--vit.dim=16", "--vit.n-layers=1", "--vit.n-heads=2", "--qformer.dim=16",
+        "--qformer.n-layers=2", "--qformer.n-heads=2", "--qformer.n-queries=2", "--decoder.dim=24",
+        "--decoder.n-layers=2", "--decoder.n-heads=2", "--decoder.n-kv-heads=1", "--decoder.r=2",
+        "--no-bf16", "--batch-size=4", "--eval-samples=6",
         *(f"--{stage}-samples=12" for stage in STAGES), *(f"{flag}=0.1" for flag in DROPOUT)]
 
 
@@ -151,6 +152,8 @@ def test_a_run_on_published_parts_needs_no_stage_0_and_keeps_frozen_weights(vit,
     for part, (_, published) in train.published_parts(config_of(*given)).items():
         assert published and all(torch.equal(weights[f"{part}.{name}"], value.float())
                                  for name, value in published.items()), part
+    larger = config_of(*given, "--vit.image-size", "84", "56")  # a flag wins over published sizes
+    assert larger.vit == config_of(*given).vit | {"image_size": (84, 56)}
 
 
 def test_every_setting_is_a_flag_with_dashes_and_help_says_its_comment(monkeypatch, capsys):
@@ -178,6 +181,8 @@ def test_every_setting_is_a_flag_with_dashes_and_help_says_its_comment(monkeypat
     (["--batch-size=0"], "batch_size must be at least 1, got 0"), (["--val=x"], "need --data"),
     ([f"--qformer-folder={GOLDEN / 'blip2'}"], "give --vit-folder"),
     (["--half-frozen"], "--half-frozen needs --bf16"), (["--stage=align"], "vision.pt"),
+    (["--qformer.n-layers=1"], "must be at least 2"), (["--batch-size=1"], "ITM needs two samples"),
+    (["--scenes.n-colors=9"], "n_colors must be 1 to 6"),
     (["--connector=patch-merge", "--vit.image-size", "40", "40"], "does not divide by 4"),
     (["--qformer.n-heads=3"], "must be a multiple of n_heads 3"), (["--resume"], "resume.pt"),
     (["--stage=language", f"--llm-folder={GOLDEN / 'llama'}"], "'language'. is not needed"),
@@ -298,16 +303,15 @@ def test_six_pictures_are_learned_by_heart(tmp_path, monkeypatch):
 def test_own_pictures_are_moved_and_flipped_if_asked_and_scenes_never(monkeypatch):
     images = torch.randn(2, 3, 8, 16)
     model = Mock(return_value=(None, 0.0), normalize=lambda images: images)
-    batch = {"images": images, "input_ids": None, "labels": None}
 
-    def shown(*flags):
-        train.stage_loss(model, "align", batch, 0, config_of(*flags))
+    def shown(config):
+        train.stage_loss(model, "align", dict(images=images, input_ids=0, labels=0), 0, config)
         return model.call_args.args[1]
 
-    assert shown("--augment") is shown("--data=x") is images
+    assert shown(config_of("--augment")) is shown(config_of("--data=x")) is images
     monkeypatch.setattr(torch, "rand", lambda *size: torch.ones(size))  # an eighth of a side
     monkeypatch.setattr(torch, "randint", lambda *rest: torch.tensor([0, 1]))  # the first flips
-    flipped, plain = shown("--data=x", "--augment")[:, :, :-1]
+    flipped, plain = shown(config_of("--data=x", "--augment"))[:, :, :-1]
     expected = [images[0, :, 1:].flip(2)[..., :-2], images[1, :, 1:, 2:]]
     torch.testing.assert_close([flipped[..., 2:], plain[..., :-2]], expected, rtol=1e-4, atol=1e-5)
 
