@@ -5,8 +5,8 @@
     Conversations┘                             (the template)                   (padding)
 
 `Scenes` are drawn as they are needed, with questions whose answers are known: nothing has to be
-downloaded. `Conversations` are your own pictures. They come in the second half of this file, with
-published vocabularies and weights, which you may skip.
+downloaded. `Conversations`, your own pictures, come in the second half of this file, which you may
+skip.
 
     python data.py        two turns of a sample, token by token
 
@@ -154,8 +154,8 @@ def ask(question_type, things, about, spec, rng):
         form = rng.choice(("{0.shape}", "{0.color} shape", "{0.name}"))
         if rng.random() < 0.5:
             return f"Is there a {form.format(about)}?", "yes"
-        # What is absent has the color or the shape of something present: to see only one of the two
-        # is not enough. A training text must not name an unseen pair, not even to say no.
+        # What is absent has the color or the shape of something present: to see one is not enough.
+        # A training text must not name an unseen pair, not even to say no.
         pairs = spec.training_pairs
         if (about.color, about.shape) in spec.unseen_pairs:
             pairs = spec.pairs
@@ -197,7 +197,7 @@ class Sample:
 
 @dataclass
 class Scenes(Dataset):
-    """Endless scenes: number i is always the same picture and text for the same settings."""
+    """Scenes: number i is always the same picture and text for the same settings."""
     spec: SceneSpec
     task: str  # a stage of train.py, or "question" or "describe" in an evaluation
     n: int  # how many of them
@@ -217,8 +217,8 @@ class Scenes(Dataset):
         """Questions and answers, or else a description. In `language` words replace the picture."""
         is_text = self.task == "language"
         choice = rng.random()
-        # Few descriptions in `language`: copying is easy and would dominate the loss. A few
-        # captions, since `align` wants them.
+        # In `language` the question holds the description. To repeat it is easy and would dominate
+        # the loss, so it is seldom asked for. A few captions prepare for `align`.
         if choice < (0.03 if is_text else 0.5):
             turns = [(rng.choice(DESCRIBE), describe(things))]
         elif is_text and choice < 0.06:
@@ -226,9 +226,9 @@ class Scenes(Dataset):
         else:
             turns = [ask_any(things, self.spec, rng)[1:] for _ in range(self.n_turns)]
             turns = list(dict(turns).items())  # no question twice
-        picture = describe(things) if is_text else "<image>"
+        shown = describe(things) if is_text else "<image>"
         question, answer = turns[0]
-        return [(f"{picture} {question}", answer), *turns[1:]]
+        return [(f"{shown} {question}", answer), *turns[1:]]
 
     def __getitem__(self, i):
         if i >= self.n:
@@ -465,8 +465,8 @@ class Collate:
                 "labels": pad(labels, IGNORED)}
 
 
-# You have read all that training on scenes needs. What follows is for your own pictures, for
-# published vocabularies and weights, and for the pictures that the programs draw.
+# You have read how scenes become batches. What follows is for your own pictures, for drawing, and
+# for published vocabularies and weights.
 
 # ---- Your own pictures -----------------------------------------------------------------------
 CLASS = "What is in the picture?"
@@ -583,7 +583,7 @@ def read_own_data(path, images=""):
     A file of LLaVA records, JSON or JSONL: see `parse_record`.
 
     images: the folder of the pictures, by default images/ beside the file, or where the file is.
-    What cannot be used is left out, which is printed. Raises FileNotFoundError, ValueError.
+    Raises FileNotFoundError, ValueError.
     """
     path = Path(path)
     if (path / "filter_cap.json").is_file():
@@ -602,7 +602,8 @@ def read_own_data(path, images=""):
 def hold_out(samples, every=20):
     """Split off the samples of every n-th picture: (those to train on, those to measure on)."""
     pictures = [str(sample.images or sample.turns) for sample in samples]
-    chosen = set(list(dict.fromkeys(pictures))[::every])
+    different = list(dict.fromkeys(pictures))  # each picture once, in order
+    chosen = set(different[::every])
     train = [sample for sample, picture in zip(samples, pictures) if picture not in chosen]
     held_out = [sample for sample, picture in zip(samples, pictures) if picture in chosen]
     check(len(train) > 0, "one picture is too little to train on and to measure on")
@@ -817,8 +818,8 @@ class PublishedTokenizer(Tokenizer):
             # SentencePiece puts a space before a text; newer versions only if there is none yet.
             if text and (self.normalizer or text[0] != "\u2581"):
                 text = "\u2581" + text
-            # A whole text is one word here. But no token has a space behind another character, so
-            # to cut it in front of spaces changes nothing and is faster.
+            # SentencePiece does not cut text into words. Its tokens have spaces in front only, so
+            # to cut a text in front of spaces gives the same ids, and faster.
             return re.findall("\u2581*[^\u2581]+|\u2581+", text)
         if self.normalizer == "NFC":
             text = unicodedata.normalize("NFC", text)
@@ -898,9 +899,11 @@ def read_folder(folder, families, names, blip2_defaults, *sections):
     check(model_type in families, f"{folder}: model_type {model_type!r} is not one of {families}")
     for section in sections:  # what it holds is then found at the top
         config |= config.get(section) or {}
-    # Settings that our models do not have.
-    known = {"hidden_act": ("gelu", "quick_gelu", "silu"), "attention_bias": (False,),
-             "use_sliding_window": (False,), "rope_type": ("default",), "type": ("default",)}
+    # Our models know these settings with these values alone.
+    is_gpt = model_type in ("llama", "qwen2")
+    known = {"hidden_act": ("silu",) if is_gpt else ("gelu", "quick_gelu"),
+             "attention_bias": (False,), "use_sliding_window": (False,), "rope_type": ("default",),
+             "type": ("default",)}
     for name, values in known.items():
         value = config.get(name, values[0])
         check(value in values, f"{folder}: {name} {value!r} is not known here, only {values}")

@@ -87,8 +87,8 @@ class ViT(nn.Module):
     """Vision transformer: a strided convolution cuts an image into patches, blocks relate them.
 
     image_size: side, or (height, width), in pixels. The position embedding is laid out for it, and
-    interpolated for images of other sizes. pre_norm: a norm before the first block (CLIP).
-    post_norm: one after the last (BLIP-2). Raises ValueError when sizes do not divide.
+    interpolated for images of other sizes. pre_norm: a norm before the first block, as in CLIP.
+    post_norm: one after the last. Raises ValueError when sizes do not divide.
     EVA-CLIP ViT-g/14 is ViT(224, 14, 1408, 39, 16, mlp_ratio=4.3637). CLIP ViT-L/14 is
     ViT(224, 14, 1024, 24, 16, pre_norm=True, activation="quick_gelu").
     Source: arXiv 2010.11929, section 3.1.
@@ -120,7 +120,7 @@ class ViT(nn.Module):
         for parameter in (self.class_token, self.position_embedding):
             nn.init.normal_(parameter, std=0.3)  # about as large as an embedded patch
         init_linears(self)
-        # At first each block passes on what attention gives and its MLP adds nothing.
+        # At first the MLPs add nothing to what attention gives.
         for block in self.blocks:
             nn.init.zeros_(block.mlp[2].weight)
 
@@ -209,8 +209,8 @@ def rotation(positions, head_dim, theta):
 
 def rotate(x, rope):
     """Rotary position embedding (arXiv 2104.09864): (B, T, H, Dh) -> (B, T, H, Dh)."""
-    # Why turn? The product of a turned query and a turned key depends on how far apart they are,
-    # not on where they are. Channel i is paired with i + Dh/2.
+    # Why turn? A query at t and a key at s are turned by t and s steps. So their product depends on
+    # t - s alone: on how far apart they are. Channel i is paired with i + Dh/2.
     cos, sin = (part.to(x.dtype) for part in rope)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -298,21 +298,22 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(dim, vocab_size, bias=False)
         if tied:
             self.lm_head.weight = self.token_embedding.weight
-        # Untied embeddings stay N(0, 1), torch's default: what the blocks add does not drown them.
-        # Tied ones are as small as the head, with which they share a matrix.
+        # Untied embeddings stay N(0, 1), torch's default, so that they are not lost among what the
+        # blocks add. Tied ones share the small matrix of the head.
         init_linears(self)
         for block in self.blocks:
             nn.init.zeros_(block.w2.weight)
         nn.init.normal_(self.lm_head.weight, std=0.02)
-        # To answer from what was said before, a decoder must look back. Small ones find that late.
+        # To answer from what was said, a decoder must look back. Small ones find that late, so they
+        # start with it: see `look_back`, which needs biases.
         if qkv_bias:
             look_back(self.blocks[0].attention, rope_theta)
 
     def forward(self, x, is_image=None, positions=None, cache=None):
         """x (B, T, D) embeddings -> (B, T, D), which `lm_head` turns into logits.
         is_image (B, T): where adapters act, None for nowhere. positions (B or 1, T): 0, 1, ... if
-        None. cache: one for each block, to which the tokens are added. They attend to all that it
-        holds before them."""
+        None. cache: a tensor for each block, into which the keys and values of x are written. A
+        token then attends to all positions up to its own."""
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
         rope = rotation(positions, self.head_dim, self.rope_theta)
@@ -375,7 +376,7 @@ class MLLM(nn.Module):
             raise ValueError(f"no connector {config.connector!r} or lora_on {config.lora_on!r}")
         self.config = config
         self.vit = ViT(**config.vit)
-        # BLIP-2 has a norm between ViT and Q-Former, since its ViT was published without one.
+        # The last norm of the image features: BLIP-2's, or that of the ViT where it has one.
         self.ln_vision = nn.Identity()
         if not config.vit.get("post_norm"):
             self.ln_vision = nn.LayerNorm(config.vit["dim"])
@@ -412,7 +413,7 @@ class MLLM(nn.Module):
         super().train(mode)
         if mode:
             for module in self.modules():
-                # A module without parameters, such as Dropout, goes with the module around it.
+                # eval() reaches all modules inside, also Dropout, which has no parameters.
                 trainable = [parameter.requires_grad for parameter in module.parameters()]
                 if trainable and not any(trainable):
                     module.eval()
@@ -435,7 +436,7 @@ class MLLM(nn.Module):
 
     def adapter_mask(self, is_image, has_images):
         """Where adapters act, (B, T): with Partial LoRA on image tokens, with LoRA on all.
-        None (Partial LoRA, no image): nowhere. The plain decoder runs, at no extra cost."""
+        None (Partial LoRA, text alone): nowhere. The plain decoder runs, at no extra cost."""
         if self.config.lora_on == "all":
             return torch.ones_like(is_image)
         return is_image if has_images else None
@@ -445,12 +446,12 @@ class MLLM(nn.Module):
         input_ids (B, T) with Q times `image_id` for each image. images (N, 3, height, width) in
         order, or None for text alone. Returns (B, T, D), and the (B, T) of `adapter_mask`. Raises
         ValueError when placeholders and images do not match."""
-        # Counted where the ids are: while they are on the CPU, it need not wait for a GPU.
+        # Counted before the ids move to the GPU, so that the CPU need not wait for it.
         n_found = int((input_ids == self.config.image_id).sum())
         input_ids = input_ids.to(self.device, non_blocking=True)
         is_image = input_ids == self.config.image_id  # (B, T)
-        # The ids of placeholders and padding lie beyond the end of a published vocabulary. Any
-        # embedding will do for them: nothing reads it.
+        # A published vocabulary has no ids for placeholders and padding. data.py gives them some
+        # beyond its end. Any embedding will do for them: nothing reads it.
         last_id = self.decoder.token_embedding.num_embeddings - 1
         x = self.decoder.token_embedding(input_ids.clamp(max=last_id))  # (B, T, D)
         if images is None and n_found == 0:
@@ -468,10 +469,10 @@ class MLLM(nn.Module):
 
     def forward(self, input_ids, images, labels=None):
         """input_ids (B, T) and images as for `embed` -> logits (B, T, V) and None.
-        labels (B, T): the id at each position that is trained, -100 elsewhere. With them: logits
-        (M, V) of the M trained positions, and the loss in nats per token. images None: text alone.
-        An empty tensor of images (as `Collate` makes) keeps the adapters in the graph, with
-        gradients of zero."""
+        labels (B, T): the id itself where it is to be predicted, -100 elsewhere. With them: logits
+        (M, V) for the M labels, and the loss in nats per token. images None: text alone. An empty
+        tensor of images (as `Collate` makes) gives the adapters a gradient of zeros: several
+        processes average gradients, so all must have the same ones."""
         # Padding needs no mask: it is on the right, and attention looks to the left only.
         x = self.decoder(*self.embed(input_ids, images))  # (B, T, D)
         if labels is None:
@@ -479,9 +480,9 @@ class MLLM(nn.Module):
         # Position t predicts token t + 1. A vocabulary is wide and answers are few: logits are
         # computed only where there is a label.
         targets = labels[:, 1:]  # (B, T - 1)
-        trained = (targets != -100).nonzero(as_tuple=True)  # before it moves: the CPU need not wait
-        targets = targets[trained].to(x.device, non_blocking=True)  # (M,)
-        texts, positions = (index.to(x.device, non_blocking=True) for index in trained)
+        where = (targets != -100).nonzero(as_tuple=True)  # on the CPU, which need not wait
+        targets = targets[where].to(x.device, non_blocking=True)  # (M,)
+        texts, positions = (index.to(x.device, non_blocking=True) for index in where)
         logits = self.decoder.lm_head(x[texts, positions])  # (M, V)
         return logits, F.cross_entropy(logits.float(), targets)
 
@@ -546,9 +547,9 @@ def resize_positions(positions, grid, new_grid):
 @torch.no_grad()
 def look_back(attention, rope_theta):
     """Let head h of a `GPTAttention` start by attending to the token h + 1 places back."""
-    # RoPE turns biases, too: by t steps at position t. Head 0 has a query bias that is one step
-    # behind the key bias. At position t it has turned t - 1 steps, as far as the key bias at t - 1.
-    # So the two match there, and softmax chooses that token.
+    # RoPE turns biases, too. At position t the query bias of head h has turned by t steps, and it
+    # starts h + 1 steps behind: t - (h + 1) in all. A key bias at s has turned by s steps. The two
+    # match at s = t - (h + 1), and softmax chooses that token.
     distances = torch.arange(1, attention.n_heads + 1)[None]
     cos, sin = rotation(distances, attention.head_dim, rope_theta)  # (1, H, 1, Dh/2)
     # Channel pairs that hardly turn in one step cannot tell distances apart: they stay zero.
@@ -563,7 +564,7 @@ def look_back(attention, rope_theta):
 @torch.no_grad()
 def cast_frozen(model):
     """Keep frozen linear and convolution layers in bfloat16, for half the memory.
-    All else stays float32, adapters too, so run the model under autocast then.
+    All else stays float32 (adapters, norms), so run the model under autocast then.
     Source: `convert_weights_to_fp16` in the code of BLIP-2 and MiniGPT-4."""
     for module in model.modules():
         if not isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -586,10 +587,10 @@ def load_file(path):
 
 def load_model(path):
     """(the model of a checkpoint, all that it holds): {"config", "model", ...}."""
-    checkpoint = load_file(path)
-    model = MLLM(ModelConfig(**checkpoint["config"]))
-    model.load_state_dict(checkpoint["model"])
-    return model, checkpoint
+    content = load_file(path)
+    model = MLLM(ModelConfig(**content["config"]))
+    model.load_state_dict(content["model"])
+    return model, content
 
 
 def main():

@@ -6,7 +6,8 @@
 
 LoRA (arXiv 2106.09685, section 4.1) trains a rank-r delta B A beside a frozen matrix W.
 InternLM-XComposer2 (arXiv 2401.16420, section 3) applies the delta to image tokens only. The
-language model learns to take in pictures. Text tokens pass the layer exactly as before.
+language model learns to take in pictures. Text tokens pass each linear layer exactly as before. (In
+attention they still read the image tokens before them, which is how a picture reaches the text.)
 
 Left out on purpose: merging the delta into W. It acts on some tokens only, so it must stay apart.
 
@@ -46,8 +47,8 @@ class PLoRALinear(nn.Linear):
         """A random, B zero: a fresh layer computes what the plain linear does."""
         super().reset_parameters()
         if hasattr(self, "lora_A"):  # nn.Linear calls this before they exist
-            # A zero and B random would start the same. But with A random, larger learning rates
-            # are stable (arXiv 2406.08447).
+            # Both zero would never learn: each factor's gradient is a multiple of the other. B
+            # random and A zero would do, but A random stands larger rates (arXiv 2406.08447).
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
             nn.init.zeros_(self.lora_B)
 
@@ -65,9 +66,7 @@ class PLoRALinear(nn.Linear):
         drops = self.training and self.lora_A.requires_grad
         low_rank = F.linear(F.dropout(x, self.dropout, drops), self.lora_A)  # (..., r)
         low_rank = low_rank * (self.alpha / self.r)
-        # Why not index, x[is_image]? The CPU would wait for the GPU to count the image tokens. And
-        # a batch without images would leave the adapter without a gradient. Several GPUs average
-        # their gradients, so all need one for each parameter. This way it is exactly zero.
+        # Why not index, x[is_image]? The CPU would wait for the GPU to count the image tokens.
         low_rank = torch.where(is_image[..., None], low_rank, 0.0)
         return y + F.linear(low_rank, self.lora_B)  # (..., out_features)
 

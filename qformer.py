@@ -6,9 +6,9 @@
                            │  one set of weights, one mask
     text (B, T) ids ─────► self-attention ───────────────────► text FFN  ─► (B, T, Dq)
 
-A BERT encoder (arXiv 1810.04805) with two changes from BLIP-2 (arXiv 2301.12597, section 3.1). In
-every `cross_attention_every`-th block the queries also attend to the image. And each block has two
-feed-forward networks (FFN): one for queries, one for text.
+A BERT encoder (arXiv 1810.04805) that BLIP-2 changed in two ways (arXiv 2301.12597, section 3.1).
+In every `cross_attention_every`-th block the queries also attend to the image. And each block has
+two feed-forward networks (FFN): one for queries, one for text.
 
 BLIP-2 trains it with three losses. Queries and text meet in self-attention only, so a mask decides
 what each loss may see:
@@ -28,9 +28,11 @@ what each loss may see:
     do not see text, or they would leak the next word.
 
 The text half is needed for the losses only. `vocab_size=0` builds the Q-Former without it, as
-MiniGPT-4 uses it. Trained weights of a whole Q-Former fit the half with `strict=False`.
+MiniGPT-4 uses it. To drop it after training: `half.load_state_dict(whole.state_dict(),
+strict=False)`.
 
-Left out on purpose: BERT's segment embeddings.
+A text begins with a mark: <s> where it is to be summed up (BERT's [CLS]), <dec> where it is to be
+written. Left out on purpose: BERT's segment embeddings.
 
     python qformer.py        prints the three masks
 
@@ -61,7 +63,7 @@ def attention_mask(mask_kind, n_queries, n_text, device=None):
 
 
 def attend(q, k, v, mask=None, **options):
-    """softmax(q k^T / sqrt(Dh)) v, for each head of width Dh.
+    """softmax(q k^T / sqrt(Dh)) v, for each head of width Dh: S tokens attend to K others.
     q (B, H, S, Dh), k and v (B, H, K, Dh), mask (B or 1, 1, S, K) True where a token may attend to
     another -> (B, H, S, Dh)."""
     if q.device.type != "cpu":
@@ -73,7 +75,7 @@ def attend(q, k, v, mask=None, **options):
 
 
 def init_linears(module):
-    """Matrices N(0, 1 / fan-in), biases 0."""
+    """Matrices get a standard deviation of fan-in^(-1/2), biases 0."""
     for linear in module.modules():
         if isinstance(linear, nn.Linear):
             nn.init.normal_(linear.weight, std=linear.in_features ** -0.5)
@@ -175,7 +177,7 @@ class QFormer(nn.Module):
                                          nn.LayerNorm(dim, norm_eps), nn.Linear(dim, vocab_size))
             self.lm_head[-1].weight = self.word_embedding.weight  # tied, as in BERT
         nn.init.normal_(self.query_tokens, std=0.02)
-        # Differs: BERT draws matrices from N(0, 0.02), too. That is far too small at width 128.
+        # Differs from BERT, whose matrices have 0.02, too: far too small at width 128.
         init_linears(self)
         if has_text:  # after the linears, since the head shares the weight of the words
             nn.init.normal_(self.word_embedding.weight, std=0.02)
@@ -194,7 +196,7 @@ class QFormer(nn.Module):
             # Positions start at 0, also where queries stand before the text. Queries have none.
             positions = self.position_embedding.weight[:text.shape[1]]  # (T, Dq)
             tokens.append(self.word_embedding(text) + positions)  # (B, T, Dq)
-            # All may attend to queries and words, nothing attends to padding.
+            # Whatever the mask, nothing attends to padding.
             is_token = F.pad(text != self.pad_id, (n_queries, 0), value=True)  # (B, S)
             mask = attention_mask(mask_kind, n_queries, text.shape[1], text.device)  # (S, S)
             mask = (mask & is_token[:, None])[:, None]  # (B, 1, S, S)
@@ -204,20 +206,19 @@ class QFormer(nn.Module):
             x = block(x, n_queries, image_features, mask)
         return x
 
-    # The three losses. `vision_loss` in train.py adds them up. `Collate.pairs` in data.py makes the
-    # batch.
+    # The three losses: `vision_loss` in train.py adds them up, `Collate.pairs` makes the batch.
 
     def similarity(self, queries, text):
         """How well image i fits text j: (B, B) cosines divided by the temperature.
         queries (B, Q, Dq) from `forward`. text (B, T) ids that begin with <s>."""
-        image = F.normalize(self.itc_image(queries), dim=-1)  # (B, Q, itc_dim)
-        # What comes out at <s> stands for the whole text, like [CLS] in BERT. Text runs alone here,
-        # which equals the mask "separate" with the queries beside it.
-        cls = self(text=text, mask_kind="separate")[:, 0]  # (B, Dq)
-        words = F.normalize(self.itc_text(cls), dim=-1)  # (B, itc_dim)
+        images = F.normalize(self.itc_image(queries), dim=-1)  # (B, Q, itc_dim)
+        # What comes out at <s> sums the text up. Text runs alone here, which equals the mask
+        # "separate" with queries beside it.
+        summary = self(text=text, mask_kind="separate")[:, 0]  # (B, Dq)
+        texts = F.normalize(self.itc_text(summary), dim=-1)  # (B, itc_dim)
+        cosines = torch.einsum("iqd,td->itq", images, texts)  # (B images, B texts, Q)
         # An image is scored by its best query.
-        cosine = torch.einsum("iqd,td->itq", image, words).amax(dim=-1)  # (B, B)
-        return cosine.float() / self.temperature.clamp(min=0.001)
+        return cosines.amax(dim=-1).float() / self.temperature.clamp(min=0.001)
 
     def itc_loss(self, similarity):
         """Image-text contrast in nats: pick the text of each image and the image of each text.
@@ -237,7 +238,8 @@ class QFormer(nn.Module):
         # Hard negatives: each image gets a wrong text, and each text a wrong image. The more
         # similar the two are, the more often they are drawn.
         is_true_pair = torch.eye(B, dtype=torch.bool, device=text.device)
-        # multinomial would crash at NaN. Without it the loss becomes NaN, and the loop stops.
+        # multinomial crashes at NaN. With zeros instead, the loss is NaN all the same, and train.py
+        # stops with a sentence.
         odds = similarity.detach().nan_to_num()
         odds = odds.masked_fill(is_true_pair, float("-inf"))  # (B, B)
         wrong_text = torch.multinomial(odds.softmax(dim=1), 1)[:, 0]  # (B,)
@@ -255,8 +257,7 @@ class QFormer(nn.Module):
         """Image-grounded generation: predict each token from the queries and the text before it.
         image_features (B, P, Dv). text (B, T) ids that begin with <dec>. labels (B, T): the ids to
         predict, -100 elsewhere. Returns the loss in nats per token and the queries (B, Q, Dq)."""
-        # The same words begin with <s> for ITC and ITM. <dec> tells the shared text half that it is
-        # to write them, not to sum them up.
+        # <dec> instead of <s> tells the text half that it is to write this text, not to sum it up.
         x = self(image_features, text, "causal")  # (B, S, Dq)
         # The output at token t predicts token t + 1.
         logits = self.lm_head(x[:, self.n_queries:-1])  # (B, T - 1, V)
@@ -271,8 +272,8 @@ class QFormer(nn.Module):
     #     block 1   (no cross-attention)            text reads what block 0 made of the queries
     #     block 2   queries read the image again    text reads what block 1 made of the queries
     #
-    # So ITG, which teaches details, never trains what the queries become in block 2. The decoder
-    # gets them as they leave block 1.
+    # So ITG, which teaches details, never trains what the queries become in block 2. Only ITC and
+    # ITM do, which need few details. The decoder gets the queries as they leave block 1.
 
 
 def main():

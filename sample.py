@@ -31,12 +31,12 @@ def collate_for(model, tokenizer):
 
 
 # ---- One question ----------------------------------------------------------------------------
-def stream(model, collate, question, max_new_tokens, **sampling):
+def stream(model, collate, sample, max_new_tokens, **sampling):
     """The answer to the last turn, piece by piece as text. sampling: see `pick_token` in model.py.
     Raises ValueError when the conversation and its answer would not fit in max_len."""
     tokenizer = collate.tokenizer
-    ids, _ = encode_turns(tokenizer, question.turns, collate.n_image_tokens)
-    images = collate.images([question])
+    ids, _ = encode_turns(tokenizer, sample.turns, collate.n_image_tokens)
+    images = collate.images([sample])
     answer_ids, shown = [], ""
     for token in model.generate([torch.tensor(ids)], images, max_new_tokens, tokenizer.end_id,
                                 **sampling):
@@ -66,7 +66,7 @@ def answer(model, samples, collate):
         labels[:len(ids)] = IGNORED
     is_answer = batch["labels"][:, 1:] != IGNORED
     lengths = is_answer.sum(dim=1).tolist()
-    logits, _ = model(**batch)  # of all answers, one after the other
+    logits, _ = model(**batch)  # those of all answers in one row: split again below
     targets = batch["labels"][:, 1:][is_answer]
     losses = F.cross_entropy(logits.float().cpu(), targets, reduction="none").split(lengths)
     longest_prompt = max(len(prompt) for prompt in prompts)
@@ -81,8 +81,8 @@ def answer(model, samples, collate):
 
 def ask_all(model, samples, collate):
     """Ask the last question of each sample about its own picture, then about another's.
-    Returns a record of each. "blind" is the answer when the model sees the picture of another
-    question, None where there is no other picture."""
+    Returns a record for each sample. "blind" is the answer about the picture of another sample,
+    None where there is no other picture."""
     n = len(samples)
     records = []
     for start in range(0, n, 100):
@@ -96,7 +96,7 @@ def ask_all(model, samples, collate):
                             "blind": None, "blind_loss": None, "blind_right": None})
         blind = {}
         for i, sample in zip(numbers, asked):
-            images = samples[(i + n // 2) % n].images
+            images = samples[(i + n // 2) % n].images  # far away: neighbors may share a picture
             if len(images) == len(sample.images) and images != sample.images:
                 blind[i] = replace(sample, images=images)
         if blind:
@@ -114,8 +114,8 @@ def evaluate(model, tests, collate, out):
     this type of question. Guessing gets half of all yes or no questions: only right - blind comes
     from the picture. Long answers are seldom right to the word: for them compare the losses.
 
-    Prints a table for each test. Writes each question with its answers to answers.json, where any
-    public scorer can take them from, and draws the first ones to samples.png.
+    Prints a table. Writes each question with its answers to answers.json, for any public scorer,
+    and draws the first ones to samples.png.
     """
     model.eval()
     metrics, everything, pictures, texts = {}, [], [], []

@@ -1,4 +1,4 @@
-"""Train the model: `python train.py`, six minutes on two CPU cores, no downloads.
+"""Train the model: `python train.py`, seven minutes on two CPU cores, no downloads.
 
     stage      trained on                 what it stands for
     language   text                       a pretrained language model
@@ -49,9 +49,8 @@ from sample import collate_for, evaluate
 # ---- Recipes and settings --------------------------------------------------------------------
 STAGES = ("language", "vision", "align", "instruct")
 
-# What is trainable in each stage, and at which share of the stage's learning rate. A part that is
-# not named is frozen. Stage 0 is the same for all recipes: it has a Q-Former in any case, since the
-# ViT learns through it.
+# What is trainable in each stage, and at which share of the stage's learning rate. Other parts are
+# frozen. Stage 0 is the same for all recipes: the ViT learns through a Q-Former in any case.
 STAGE_0 = {"language": {"decoder": 1.0}, "vision": {"vit": 1.0, "connector": 1.0}}
 # What stands between ViT and decoder, and the adapters inside the decoder.
 NEW_PARTS = {"connector": 1.0, "projector": 1.0, "adapters": 1.0}
@@ -197,8 +196,8 @@ def vision_loss(model, batch, step, config):
                                  for name in ("text", "to_generate", "labels"))  # (B, T)
     loss, queries = qformer.itg_loss(image_features, to_generate, labels)
     # Differs: ITC and ITM weigh less than ITG, which teaches more on scenes this simple.
-    # They run in one step of `contrast_every` and on a quarter of the batch, since ITM passes three
-    # times as many pairs.
+    # ITC and ITM run in one step of `contrast_every` and on a quarter of the batch, since ITM takes
+    # three times as many pairs.
     if step % config.contrast_every == 0 and (config.itc_weight or config.itm_weight):
         n = max(2, len(text) // 4)
         similarity = qformer.similarity(queries[:n], text[:n])  # (n, n)
@@ -211,7 +210,7 @@ def vision_loss(model, batch, step, config):
 
 
 def augment(images):
-    """Each image moved by up to an eighth of its sides, and every second one flipped."""
+    """Each image moved at random by up to an eighth of its sides, and half of them flipped."""
     N = len(images)
     change = torch.zeros(N, 2, 3)  # an affine map for each image
     change[:, 0, 0] = torch.randint(0, 2, (N,)) * 2.0 - 1  # -1 flips left and right
@@ -224,20 +223,20 @@ def augment(images):
 
 
 def stage_loss(model, stage, batch, step, config):
-    """The loss of a stage in nats per token: of the answers; in `vision` BLIP-2's three."""
+    """The loss of a stage: of the answers, in nats per token; in `vision` BLIP-2's three."""
     # Own pictures only: in a flipped scene the answer "left" would be wrong.
     if config.augment and config.data and len(batch["images"]):
         batch = batch | {"images": augment(model.normalize(batch["images"]))}
     if stage == "vision":
         return vision_loss(model, batch, step, config)
-    # Without pictures the plain decoder runs: ViT and adapters rest.
+    # `language` has no pictures: the decoder runs alone.
     images = None if stage == "language" else batch["images"]
     _, loss = model(batch["input_ids"], images, batch["labels"])
     return loss
 
 
 # ---- Optimizers ------------------------------------------------------------------------------
-ADAMW_SCALE = 0.5  # share of the rate for what AdamW trains in ViT and Q-Former
+ADAMW_SCALE = 0.5  # share of the rate for what AdamW trains in ViT and Q-Former, found by trial
 MAX_GRADIENT_NORM = 1.0
 
 
@@ -319,9 +318,9 @@ def train_stage(model, stage, dataset, collate, config, out, state=None):
             average_gradients(trainable)
         norm = nn.utils.clip_grad_norm_(trainable, MAX_GRADIENT_NORM)
         check(norm.isfinite(), f"{stage}, step {step}: a gradient is not finite at the rate "
-              f"{rate:.1e}; try a lower --{stage}-lr (--resume goes on from step "
-              f"{step // config.save_every * config.save_every} of {stage})")
-        losses.append(loss.item())  # waits for the GPU, before it has new work
+              f"{rate:.1e}; begin this stage again with --stage {stage} and a lower --{stage}-lr "
+              f"(--resume goes on from step {step // config.save_every * config.save_every})")
+        losses.append(loss.item())
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -422,8 +421,8 @@ def main():
         finish(needed, tests, config, out, device)
 
 
-# You have read all that training needs. What follows is how a stage gets its weights and its data,
-# an optimizer, several processes, and flags.
+# You have read how training goes. What follows are the functions that it calls: how a stage gets
+# its weights and its data, Muon, several processes, and flags.
 
 # ---- What a stage starts from ----------------------------------------------------------------
 def model_config(config, stage, tokenizer):
@@ -499,7 +498,8 @@ def init_model(config, stage, tokenizer, out):
     torch.manual_seed(config.seed)
     model = MLLM(model_config(config, stage, tokenizer))
     weights, trained, image_size = starting_weights(config, stage, out)
-    # The Q-Former's text half and last block have no place any more, or the whole Q-Former.
+    # After `vision` the model has no text half and no last block of the Q-Former, or no Q-Former at
+    # all. Their weights are dropped.
     names = model.state_dict().keys()
     weights = {name: tensor for name, tensor in weights.items()
                if name in names or part_of(name) != "connector"}
@@ -515,7 +515,8 @@ def init_model(config, stage, tokenizer, out):
     check(not missing + unknown, f"weights do not fit: missing {missing}, left over {unknown}")
     # A part that is used here must have been trained before or be trainable now. (Adapters add
     # nothing while they are untrained, since their B is zero.)
-    used = set(STAGE_0.get(stage, PARTS)) & {part_of(name) for name in names} - {"adapters"}
+    used = set(STAGE_0.get(stage, PARTS)) & {part_of(name) for name in names}
+    used -= {"adapters"}
     random_parts = used - trained - lr_scales(config, stage).keys()
     check(not random_parts, f"{random_parts} would stay frozen with random numbers in {stage!r}: "
           "train it in an earlier stage")
@@ -585,10 +586,11 @@ def orthogonal(matrices):
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value above 1
     # A Newton-Schulz step, a x + (b x x' + c (x x')^2) x, turns each singular value s into
     # a s + b s^3 + c s^5. Five steps take all but the smallest of (0, 1] to between 0.7 and 1.2.
+    a, b, c = 3.4445, -4.775, 2.0315
     for _ in range(5):
         gram = x @ x.mT
-        step = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-        x = torch.baddbmm(x, step, x, beta=3.4445)
+        step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, step, x, beta=a)
     return x.mT if is_tall else x
 
 
@@ -699,16 +701,19 @@ def settings(arguments, state):
     if earlier and not arguments.preset:
         config = Config(**earlier["run"])
     flags = {name: value for name, value in vars(arguments).items() if name in flat(CPU)}
-    config = replace(config, **{name: flags[name] for name in flags if "." not in name})
-    if not earlier:
-        for part, (sizes, _) in published_parts(config).items():
-            sizes = getattr(config, SIZES_OF[part]) | sizes
-            config = replace(config, **{SIZES_OF[part]: sizes})
+    if "vit.image_size" in flags:
+        flags["vit.image_size"] = tuple(flags["vit.image_size"])
     for name, value in flags.items():
         field, _, key = name.partition(".")
         if key:
-            value = tuple(value) if isinstance(value, list) else value
-            config = replace(config, **{field: getattr(config, field) | {key: value}})
+            value = getattr(config, field) | {key: value}
+        config = replace(config, **{field: value})
+    if not earlier:
+        for part, (sizes, _) in published_parts(config).items():
+            if part == "vit":  # its positions can be interpolated
+                sizes["image_size"] = flags.get("vit.image_size", sizes["image_size"])
+            sizes = getattr(config, SIZES_OF[part]) | sizes
+            config = replace(config, **{SIZES_OF[part]: sizes})
     for name, value in asdict(config).items():
         if name.endswith(("_samples", "_turns", "_every", "batch_size")):
             check(value > 0, f"{name} must be at least 1, got {value}")

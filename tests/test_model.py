@@ -44,7 +44,6 @@ def make_vit(**options):
 
 
 # ---- ViT, connectors, projector --------------------------------------------------------------
-
 def test_interpolated_positions_keep_rows_columns_and_the_class_token():
     patches = torch.cartesian_prod(torch.arange(2.0), torch.arange(3.0))[None]  # (row, column)
     learned = torch.cat([torch.full((1, 1, 2), 5.0), patches], dim=1)
@@ -103,17 +102,6 @@ def test_patch_merging_puts_neighbors_side_by_side_and_drops_the_class_token():
     assert torch.equal(PatchMerge(1)(features), features[:, 1:])
 
 
-@pytest.mark.parametrize("connector, n_tokens", [("patch-merge", 2), ("patches", 8)])
-def test_without_a_qformer_every_pixel_counts_in_as_many_tokens_as_announced(connector, n_tokens):
-    width = 16 * 8 // n_tokens  # an image has 2 x 4 patches
-    model = make_model(dict(image_size=(8, 16)), connector=connector, projector=dict(in_dim=width))
-    assert model.n_image_tokens == n_tokens and not list(model.connector.parameters())
-    images = torch.rand(1, 3, 8, 16, requires_grad=True)
-    ids = torch.tensor([[5, *[IMAGE] * n_tokens, 7, 8]])
-    model(ids, images, ids)[1].backward()
-    assert (images.grad != 0).all()
-
-
 def test_projector_equals_its_linears_with_activations_between_them_and_a_norm_behind():
     x = torch.randn(2, 6)
     a, _, b, _, c = deep = make_projector(6, 10, "mlp3x_gelu")
@@ -145,7 +133,6 @@ def test_what_cannot_work_raises_and_says_why(ask, message):
 
 
 # ---- Decoder ---------------------------------------------------------------------------------
-
 def test_rotation_turns_each_pair_by_the_angle_worked_by_hand():
     x = torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(1, 2, 1, 4)  # pairs (0, 2), (1, 3) at angle 0
     y = rotate(x, rotation(torch.tensor([[0, 5]]), 4, theta=100.0))
@@ -183,7 +170,6 @@ def test_fresh_biases_of_the_first_block_let_head_h_look_h_plus_one_tokens_back(
 
 
 # ---- Images among the tokens -----------------------------------------------------------------
-
 @pytest.mark.parametrize("image_id", [IMAGE, V + 1])  # V + 1: beyond a published vocabulary
 def test_image_tokens_take_the_place_of_their_placeholders_in_order(image_id):
     model, images, picture = make_model(image_id=image_id), make_images(3), [image_id] * Q
@@ -257,7 +243,6 @@ def test_loss_is_that_of_predicting_each_label_from_the_logits_before_it():
 
 
 # ---- Generation ------------------------------------------------------------------------------
-
 UNEVEN = [[2, *PICTURE, 5], [7], [3, *PICTURE, 8, *PICTURE, 9], [4, 5, 6]]
 
 
@@ -268,18 +253,6 @@ def generate(model, prompts, n_images, n_tokens, stop_id=V, **sampling):
     return torch.stack(list(steps), dim=1).tolist()
 
 
-def generate_slowly(model, prompt, images, n_tokens):
-    """Greedy answer to one prompt that runs the whole text again for each token."""
-    x, is_adapted = model.embed(torch.tensor([prompt]), images)
-    answer = []
-    for _ in range(n_tokens):
-        x_last = model.decoder(x, is_adapted)[0, -1]
-        answer.append(int(model.decoder.lm_head(x_last).argmax()))
-        x = torch.cat([x, model.decoder.token_embedding.weight[answer[-1]][None, None]], dim=1)
-        is_adapted = F.pad(is_adapted, (0, 1), value=model.config.lora_on == "all")
-    return answer
-
-
 @pytest.mark.parametrize("prompts", [UNEVEN, [[7]]], ids=["uneven", "one token"])
 @pytest.mark.parametrize("lora_on", ["image", "all"])
 @torch.no_grad()
@@ -287,10 +260,15 @@ def test_generation_with_a_cache_equals_the_full_forward(prompts, lora_on):
     model = make_model(lora_on=lora_on, decoder=dict(alpha=4 if lora_on == "image" else 0.5))
     n_images = [prompt.count(IMAGE) // Q for prompt in prompts]
     own = make_images(sum(n_images)).split(n_images)
-    expected = [generate_slowly(model, *pair, 10) for pair in zip(prompts, own)]
     answers = generate(model, prompts, sum(n_images), 10)
-    assert answers == expected
-    assert all(len(set(answer)) > 2 for answer in answers)  # one that repeats itself shows little
+    for prompt, images, answer in zip(prompts, own, answers, strict=True):
+        x, is_adapted = model.embed(torch.tensor([prompt]), images)
+        for token in answer:  # the slow way: the whole text again for each token
+            x_last = model.decoder(x, is_adapted)[0, -1]
+            assert model.decoder.lm_head(x_last).argmax() == token
+            x = torch.cat([x, model.decoder.token_embedding.weight[token][None, None]], dim=1)
+            is_adapted = F.pad(is_adapted, (0, 1), value=lora_on == "all")
+        assert len(answer) == 10 and len(set(answer)) > 2  # one that repeats itself shows little
 
 
 def test_a_text_that_has_stopped_yields_stop_id_until_all_have_stopped():
@@ -302,13 +280,6 @@ def test_a_text_that_has_stopped_yields_stop_id_until_all_have_stopped():
     for answer, free_answer, end in zip(generate(model, UNEVEN, 3, 20, stop_id), free, ends):
         assert answer == free_answer[:end] + [stop_id] * (length - end)
     assert generate(model, [[7]], 0, 20, stop_id=free[1][0]) == [free[1][:1]]
-
-
-def test_generation_draws_from_its_own_generator():
-    first, again, other = (generate(make_model(), UNEVEN, 3, 8, temperature=2.0,
-                                    generator=torch.Generator().manual_seed(seed))
-                           for seed in (5, 5, 6))
-    assert first == again != other
 
 
 @pytest.mark.parametrize("sampling, expected", [
@@ -326,7 +297,6 @@ def test_tokens_are_drawn_with_the_probabilities_worked_by_hand(sampling, expect
 
 
 # ---- Parts, freezing, files ------------------------------------------------------------------
-
 @pytest.mark.parametrize("part", PARTS)
 def test_only_the_chosen_part_is_trainable(part):
     model, modules = make_model(), {"vit": {"vit", "ln_vision"}, "adapters": {"decoder"}}

@@ -96,7 +96,10 @@ def test_answers_and_losses_are_those_of_the_last_question_after_the_true_turns(
         nats = -logits.gather(1, torch.tensor(true_ids[start:])[:, None])
         assert loss == pytest.approx(nats.mean().item(), rel=1e-4)
         for _ in [*tokenizer.encode_part("longest"), tokenizer.end_id]:
-            ids.append(model(torch.tensor([ids]), images)[0][0, -1].argmax().item())
+            token = model(torch.tensor([ids]), images)[0][0, -1].argmax().item()
+            if token == tokenizer.end_id:
+                break
+            ids.append(token)
         assert text == tokenizer.decode(ids[start:]).strip()
 
 

@@ -9,15 +9,9 @@ import ablate
 import bench
 import chain
 import train
+from test_train import TINY, config_of
 
-TINY = ("--device=cpu --batch-size=4 --eval-samples=2 --language-samples=8 --vision-samples=8 "
-        "--align-samples=16 --instruct-samples=16 --vit.dim=16 --vit.n-layers=1 --qformer.dim=16 "
-        "--qformer.n-layers=2 --decoder.dim=24 --decoder.n-layers=1 --decoder.r=2").split()
 bench.REPEATS = 1
-
-
-def config_of(*words):
-    return train.settings(train.parse_arguments(words), None)[0]
 
 
 def make_table(monkeypatch, out, name):
@@ -29,7 +23,7 @@ def make_table(monkeypatch, out, name):
         train.main()
         stages.append(command[3].removeprefix("--stage="))
 
-    monkeypatch.setattr("sys.argv", ["ablate.py", name, f"--out={out}", *TINY])
+    monkeypatch.setattr("sys.argv", ["ablate.py", name, f"--out={out}", "--device=cpu", *TINY])
     monkeypatch.setattr(ablate.subprocess, "run", run)
     monkeypatch.setattr(ablate, "sight", partial(ablate.sight, n=8, among=4))
     monkeypatch.setattr(train, "texts_of", partial(train.texts_of, at_most=100))
@@ -45,8 +39,8 @@ def test_a_table_runs_each_stage_once_with_the_flags_of_its_lines(monkeypatch, t
     (a, b, c), stages = make_table(monkeypatch, tmp_path, "mine")
     assert stages == ["align"] * 3 + ["instruct"] * 3 + ["language"] + ["vision"] * 2
     assert b["trainable"] == 2 * a["trainable"]
-    assert [line["image tokens"] for line in (a, b, c)] == [16, 16, 3]
-    assert a["connector parameters"] - c["connector parameters"] == 13 * 16  # that many queries
+    assert [line["image tokens"] for line in (a, b, c)] == [2, 2, 3]
+    assert c["connector parameters"] - a["connector parameters"] == 16  # those of a query
     assert a["logits changed"] == 0 < c["logits changed"]  # LoRA changes text
     assert a["text ppl"] == a["after instruct"] and c["text ppl"] != c["after instruct"]
     assert make_table(monkeypatch, tmp_path, "mine") == ([a, b, c], [])  # not done again
@@ -79,7 +73,7 @@ def test_attention_that_is_uniform_falls_on_things_by_their_share_of_the_pixels(
 
 def test_the_benchmarks_of_steps_and_data_measure_every_stage(monkeypatch):
     longer = [f"--{stage}-samples=99" for stage in train.STAGES]
-    monkeypatch.setattr(bench, "CONFIG", config_of(*TINY, *longer))
+    monkeypatch.setattr(bench, "CONFIG", config_of(*longer))
     monkeypatch.setattr(train, "PRESETS", {"tiny": bench.CONFIG})
     monkeypatch.setattr(bench, "texts_of", lambda scenes, _: train.texts_of(scenes, at_most=100))
     for line, again, stage in zip(bench.step(), bench.data(), train.STAGES, strict=True):
