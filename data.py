@@ -560,9 +560,9 @@ def read_records(path):
     text = path.read_text(encoding="utf-8-sig")
     if path.name == "filter_cap.json":
         for annotation in json.loads(text)["annotations"]:
-            file = f"image/{annotation['image_id']}.jpg"
+            file = f"image/{annotation.get('image_id')}.jpg"
             question = random.Random(file).choice(DESCRIBE)  # a picture always gets the same
-            yield llava_record(file, question, clean_caption(annotation["caption"]))
+            yield llava_record(file, question, clean_caption(annotation.get("caption") or ""))
     elif path.suffix == ".json":
         yield from json.loads(text)
     elif path.suffix == ".jsonl":
@@ -686,7 +686,7 @@ def draw(things, size, rng):
 
 
 def contact_sheet(pictures, texts, columns=4, side=256):
-    """Pictures in a grid, each `side` pixels wide or high, with its text wrapped under it."""
+    """Pictures in a grid, each `side` pixels wide or high, with its text under it."""
     texts = ["\n".join(textwrap.fill(line, side // 7) for line in text.split("\n"))
              for text in texts]
     height = side + 12 + 19 * max(text.count("\n") + 1 for text in texts)

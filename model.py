@@ -376,7 +376,7 @@ class MLLM(nn.Module):
             raise ValueError(f"no connector {config.connector!r} or lora_on {config.lora_on!r}")
         self.config = config
         self.vit = ViT(**config.vit)
-        # The last norm of the image features: BLIP-2's, or that of the ViT where it has one.
+        # The last norm of the image features, as in BLIP-2, unless the ViT has one.
         self.ln_vision = nn.Identity()
         if not config.vit.get("post_norm"):
             self.ln_vision = nn.LayerNorm(config.vit["dim"])
@@ -563,9 +563,8 @@ def look_back(attention, rope_theta):
 # ---- Half precision and files ----------------------------------------------------------------
 @torch.no_grad()
 def cast_frozen(model):
-    """Keep frozen linear and convolution layers in bfloat16, for half the memory.
-    All else stays float32 (adapters, norms), so run the model under autocast then.
-    Source: `convert_weights_to_fp16` in the code of BLIP-2 and MiniGPT-4."""
+    """Keep frozen linear and convolution layers in bfloat16, for half the memory, as BLIP-2 does.
+    All else stays float32 (adapters, norms), so run the model under autocast then."""
     for module in model.modules():
         if not isinstance(module, (nn.Conv2d, nn.Linear)):
             continue

@@ -4,10 +4,12 @@ import shlex
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 import model
 import sample
 import train
+from data import read_own_data
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -67,3 +69,12 @@ def test_the_code_that_loads_published_weights_runs():
 def test_the_model_shows_a_sample_on_its_way(capsys):
     model.main()
     assert "decoder    (1, 20, 192) -> (1, 20, 192)" in capsys.readouterr().out
+
+
+def test_the_code_that_turns_a_table_into_records_gives_what_the_program_reads(
+        tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (4, 4)).save("1.png")
+    Path("birds.csv").write_text("file,name\n1.png,a wren\n", encoding="utf-8")
+    exec(re.search(r"```python\n(import csv.+?)```", README, re.DOTALL)[1], {})
+    assert read_own_data("birds.json")[0].turns == [("<image> What is it?", "a wren")]
