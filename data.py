@@ -728,9 +728,9 @@ SMOLLM2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s
 
 # Their files write each byte as a character that can be printed: "A" as "A", a space as "Ġ".
 UNPRINTABLE = (*range(33), *range(127, 161), 173)
-LETTERS = {byte: chr(byte) for byte in range(256)}
-LETTERS |= {byte: chr(256 + i) for i, byte in enumerate(UNPRINTABLE)}
-BYTES = {letter: byte for byte, letter in LETTERS.items()}
+PRINTED = {byte: chr(byte) for byte in range(256)}
+PRINTED |= {byte: chr(256 + i) for i, byte in enumerate(UNPRINTABLE)}
+BYTES = {letter: byte for byte, letter in PRINTED.items()}
 
 
 @cache
@@ -837,7 +837,7 @@ class PublishedTokenizer(Tokenizer):
                 else:
                     names += [f"<0x{byte:02X}>" for byte in character.encode("utf-8", "replace")]
         else:
-            names = [LETTERS[byte] for byte in word.encode("utf-8", "replace")]
+            names = [PRINTED[byte] for byte in word.encode("utf-8", "replace")]
             whole = "".join(names)
             # Llama 3 does not take a word apart that is a token.
             if self.content["model"].get("ignore_merges") and whole in self.vocab:

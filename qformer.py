@@ -212,10 +212,10 @@ class QFormer(nn.Module):
         """How well image i fits text j: (B, B) cosines divided by the temperature.
         queries (B, Q, Dq) from `forward`. text (B, T) ids that begin with <s>."""
         images = F.normalize(self.itc_image(queries), dim=-1)  # (B, Q, itc_dim)
-        # What comes out at <s> sums the text up. Text runs alone here, which equals the mask
-        # "separate" with queries beside it.
-        summary = self(text=text, mask_kind="separate")[:, 0]  # (B, Dq)
-        texts = F.normalize(self.itc_text(summary), dim=-1)  # (B, itc_dim)
+        # What comes out at <s>, BERT's [CLS], sums the text up. Text runs alone here, which equals
+        # the mask "separate" with queries beside it.
+        cls = self(text=text, mask_kind="separate")[:, 0]  # (B, Dq)
+        texts = F.normalize(self.itc_text(cls), dim=-1)  # (B, itc_dim)
         cosines = torch.einsum("iqd,td->itq", images, texts)  # (B images, B texts, Q)
         # An image is scored by its best query.
         return cosines.amax(dim=-1).float() / self.temperature.clamp(min=0.001)

@@ -51,7 +51,7 @@ STAGES = ("language", "vision", "align", "instruct")
 
 # What is trainable in each stage, and at which share of the stage's learning rate. Other parts are
 # frozen. Stage 0 is the same for all recipes: the ViT learns through a Q-Former in any case.
-STAGE_0 = {"language": {"decoder": 1.0}, "vision": {"vit": 1.0, "connector": 1.0}}
+PRETRAINING = {"language": {"decoder": 1.0}, "vision": {"vit": 1.0, "connector": 1.0}}
 # What stands between ViT and decoder, and the adapters inside the decoder.
 NEW_PARTS = {"connector": 1.0, "projector": 1.0, "adapters": 1.0}
 RECIPES = {
@@ -172,7 +172,7 @@ def needed_stages(config):
 
 def lr_scales(config, stage):
     """The trainable parts of a stage, each with its share of the stage's learning rate."""
-    scales = dict(STAGE_0.get(stage) or RECIPES[config.recipe][stage])
+    scales = dict(PRETRAINING.get(stage) or RECIPES[config.recipe][stage])
     if stage == "vision" and config.vit_folder:  # a published ViT stays as it is
         del scales["vit"]
     if config.data:
@@ -334,7 +334,7 @@ def run_stage(stage, dataset, tokenizer, config, out, device, state):
     model, trained = init_model(config, stage, tokenizer, out)
     scales = lr_scales(config, stage)
     model.to(device).train_only(scales)
-    if config.half_frozen and stage not in STAGE_0:
+    if config.half_frozen and stage not in PRETRAINING:
         cast_frozen(model)
     if state:
         model.load_state_dict(state["model"])
@@ -356,7 +356,7 @@ def run_stage(stage, dataset, tokenizer, config, out, device, state):
         distributed.barrier()  # the next stage starts from this file
 
 
-def finish(stages, tests, config, out, device):
+def report(stages, tests, config, out, device):
     """Evaluate the model, draw the curves of its stages, write metrics.json."""
     start = time.time()
     model, checkpoint = load_model(out / "instruct.pt")
@@ -418,7 +418,7 @@ def main():
             run_stage(stage, data[stage], tokenizer, config, out, device, state)
             state = None
     if stages[-1] in ("instruct", "evaluate") and rank_and_world()[0] == 0:
-        finish(needed, tests, config, out, device)
+        report(needed, tests, config, out, device)
 
 
 # You have read how training goes. What follows are the functions that it calls: how a stage gets
@@ -427,9 +427,9 @@ def main():
 # ---- What a stage starts from ----------------------------------------------------------------
 def model_config(config, stage, tokenizer):
     """The `ModelConfig` of a stage."""
-    connector = "qformer" if stage in STAGE_0 else connector_of(config)
+    connector = "qformer" if stage in PRETRAINING else connector_of(config)
     qformer = config.qformer | {"encoder_width": config.vit["dim"]}
-    if stage in STAGE_0 and not config.qformer_folder:
+    if stage in PRETRAINING and not config.qformer_folder:
         qformer |= {"vocab_size": tokenizer.vocab_size, "pad_id": tokenizer.pad_id,
                     "max_text_len": config.max_len}
     elif not config.qformer_folder:
@@ -515,7 +515,7 @@ def init_model(config, stage, tokenizer, out):
     check(not missing + unknown, f"weights do not fit: missing {missing}, left over {unknown}")
     # A part that is used here must have been trained before or be trainable now. (Adapters add
     # nothing while they are untrained, since their B is zero.)
-    used = set(STAGE_0.get(stage, PARTS)) & {part_of(name) for name in names}
+    used = set(PRETRAINING.get(stage, PARTS)) & {part_of(name) for name in names}
     used -= {"adapters"}
     random_parts = used - trained - lr_scales(config, stage).keys()
     check(not random_parts, f"{random_parts} would stay frozen with random numbers in {stage!r}: "
@@ -641,7 +641,7 @@ def join_processes(device):
 
 
 def average_gradients(parameters):
-    """Give all processes the mean of their gradients, in one message."""
+    """Give all processes the mean of their gradients."""
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat_grads = torch.cat([grad.flatten() for grad in grads])
     distributed.all_reduce(flat_grads)

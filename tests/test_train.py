@@ -13,7 +13,7 @@ import train
 from data import COLORS, Sample, Tokenizer, read_safetensors, texts_of, tokenizer_from
 from model import MLLM, PARTS, part_of, resize_positions
 from sample import answer, collate_for
-from train import RECIPES, STAGE_0, STAGES
+from train import RECIPES, PRETRAINING, STAGES
 
 GOLDEN = Path(__file__).parent / "golden"
 # Flags: a model of a few thousand parameters, three steps in each stage, and dropout.
@@ -74,14 +74,14 @@ def out(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "out")
 
 
-@pytest.mark.parametrize("recipe, stage", [("minigpt4", stage) for stage in STAGE_0] + [
+@pytest.mark.parametrize("recipe, stage", [("minigpt4", stage) for stage in PRETRAINING] + [
     (recipe, stage) for recipe in RECIPES for stage in ("align", "instruct")])
 def test_a_stage_changes_exactly_the_parts_that_its_recipe_lists(recipe, stage, tmp_path):
     config = config_of(f"--recipe={recipe}", f"--{stage}-samples=4")
     model, collate, data = model_of(config, stage)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     train.train_stage(model, stage, data[stage], collate, config, tmp_path)
-    parts, after = STAGE_0.get(stage) or RECIPES[recipe][stage], model.state_dict()
+    parts, after = PRETRAINING.get(stage) or RECIPES[recipe][stage], model.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     listed = {name for name in before if part_of(name) in parts}
     # These have gradients of zero: softmax does not see key biases (but for rounding), and nothing
@@ -219,7 +219,7 @@ def test_itc_and_itm_train_in_one_step_of_so_many_unless_without_weight(itc, itm
 def test_optimizers_have_no_frozen_parameter_and_one_group_for_each_rate(stage):
     config, listed = config_of("--recipe=xcomposer2"), []
     model, *_ = model_of(config, stage)
-    parts = STAGE_0.get(stage) or RECIPES["xcomposer2"][stage]
+    parts = PRETRAINING.get(stage) or RECIPES["xcomposer2"][stage]
     for optimizer in train.make_optimizers(model, config, stage):
         groups = optimizer.param_groups
         listed += [id(parameter) for group in groups for parameter in group["params"]]
@@ -333,7 +333,7 @@ def sets_of(out, *more):
     sets = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "run_stage", lambda stage, data, *_: sets.update({stage: data}))
-        patch.setattr(train, "finish", lambda stages, tests, *_: sets.update(tests))
+        patch.setattr(train, "report", lambda stages, tests, *_: sets.update(tests))
         run(out, *more)
     return sets
 
