@@ -117,12 +117,12 @@ def random_things(spec, rng, unseen=False):
 
 
 def describe(things):
-    """All there is to say, in reading order: "At the top left is a large red circle. At ..." """
+    """All there is to say, in reading order: "At the top left is a large blue star. At ..." """
     return " ".join(f"At the {thing.place} is a {thing.size} {thing.name}." for thing in things)
 
 
 def caption(things, rng):
-    """A short, noisy caption in any order: "A red circle at the top and a small blue star." """
+    """A short, noisy caption in any order: "A red star at the top and a small blue circle." """
     forms = ("a {0.name}", "a {0.size} {0.name}", "a {0.name} at the {0.place}")
     parts = [rng.choice(forms).format(thing) for thing in rng.sample(things, len(things))]
     return " and ".join(parts).capitalize() + "."
@@ -217,8 +217,8 @@ class Scenes(Dataset):
         """Questions and answers, or else a description. In `language` words replace the picture."""
         is_text = self.task == "language"
         choice = rng.random()
-        # In `language` the question holds the description. To repeat it is easy and would dominate
-        # the loss, so it is seldom asked for. A few captions prepare for `align`.
+        # `instruct`: half descriptions. `language`: 3 %, since the question holds the description:
+        # to repeat it is easy and would dominate the loss. And 3 % captions, as in `align`.
         if choice < (0.03 if is_text else 0.5):
             turns = [(rng.choice(DESCRIBE), describe(things))]
         elif is_text and choice < 0.06:
@@ -319,7 +319,7 @@ class Tokenizer:
                 for pair in zip(ids, ids[1:]):
                     pair_counts[pair] += counts[word]
             best = max(pair_counts, key=lambda pair: (pair_counts[pair], pair), default=None)
-            # A pair that occurs once is not worth an id. (No pair at all: None, with a count of 0.)
+            # A pair that occurs once is not worth an id. (No pair at all: None.)
             if pair_counts[best] < 2:
                 break
             merges.append(best)
@@ -374,7 +374,7 @@ IGNORED = -100  # the label that cross-entropy skips
 def encode_turns(tokenizer, turns, n_image_tokens):
     """A conversation as (ids, labels), in MiniGPT-4's template (arXiv 2304.10592, section 3.2):
 
-        <s>###Human: <Img>(placeholders)</Img> What color is the circle?###Assistant: red###
+        <s>###Human: <Img>(placeholders)</Img> What color is the star?###Assistant: red###
 
     Labels are the ids of each answer and of the ### that ends it, and -100 everywhere else. If the
     last answer is None, the ids end with "Assistant:", ready to generate.
@@ -439,8 +439,8 @@ class Collate:
                 "images": self.images(samples)}
 
     def pairs(self, samples):
-        """{"images" (B, 3, height, width), "text", "to_generate" and "labels" (B, T)}: the batch
-        of `vision`, which `vision_loss` in train.py takes. Each sample gives its first image."""
+        """{"images" (B, 3, height, width), "text", "to_generate" and "labels" (B, T)}: a batch for
+        `vision_loss` in train.py. Each sample gives its first image."""
         tokenizer = self.tokenizer
         texts, labels = [], []
         for sample in samples:
@@ -705,7 +705,7 @@ def draw_curves(losses, path):
     canvas = ImageDraw.Draw(sheet)
     for panel, (stage, values) in enumerate(losses.items()):
         left, right, top, bottom = panel * 360 + 60, panel * 360 + 340, 30, 212
-        # Means of a multiple of four, since ITC and ITM add to the loss of each fourth step.
+        # Means of a multiple of four: by default ITC and ITM add to the loss of each fourth step.
         n = 4 * max(1, len(values) // 200)
         means = [np.mean(values[i:i + n]) for i in range(0, len(values), n)]
         powers = np.log10(np.maximum(means, 1e-9))
@@ -818,8 +818,7 @@ class PublishedTokenizer(Tokenizer):
             # SentencePiece puts a space before a text; newer versions only if there is none yet.
             if text and (self.normalizer or text[0] != "\u2581"):
                 text = "\u2581" + text
-            # SentencePiece does not cut text into words. Its tokens have spaces in front only, so
-            # to cut a text in front of spaces gives the same ids, and faster.
+            # Its tokens have spaces in front only. To cut in front of them changes no id.
             return re.findall("\u2581*[^\u2581]+|\u2581+", text)
         if self.normalizer == "NFC":
             text = unicodedata.normalize("NFC", text)
@@ -864,9 +863,9 @@ GPT_SIZES = COMMON | {"vocab_size": "vocab_size", "num_key_value_heads": "n_kv_h
                       "tie_word_embeddings": "tied"}
 # The config.json of BLIP-2 leaves out what is as in its library.
 EVA_DEFAULTS = {"image_size": 224, "patch_size": 14, "dim": 1408, "n_layers": 39, "n_heads": 16,
-                "ffn_dim": 6144}
-QFORMER_DEFAULTS = {"dim": 768, "n_layers": 12, "n_heads": 12, "encoder_width": 1408,
-                    "norm_eps": 1e-12}
+                "ffn_dim": 6144, "norm_eps": 1e-6, "activation": "gelu"}
+QFORMER_DEFAULTS = {"dim": 768, "n_layers": 12, "n_heads": 12, "ffn_dim": 3072, "norm_eps": 1e-12,
+                    "encoder_width": 1408, "cross_attention_every": 2}
 CLIP_PIXELS = {"pixel_mean": (0.48145466, 0.4578275, 0.40821073),
                "pixel_std": (0.26862954, 0.26130258, 0.27577711)}  # BLIP-2's, too
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
@@ -890,8 +889,7 @@ def read_safetensors(path):
 
 def read_folder(folder, families, names, blip2_defaults, *sections):
     """(config.json, the sizes in it under our names, the tensors under theirs).
-    families: the model_types that fit. names: what config.json calls our arguments. sections: parts
-    of config.json that hold some of them.
+    families: the model_types that fit. names: see above. sections: parts of config.json to look in.
     Raises FileNotFoundError, or ValueError for another architecture."""
     folder = Path(folder)
     config = json.loads((folder / "config.json").read_text("utf-8"))
@@ -917,7 +915,7 @@ def read_folder(folder, families, names, blip2_defaults, *sections):
     sizes = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
     if model_type.startswith("blip"):
         sizes = blip2_defaults | sizes
-    missing = {"dim", "n_layers", "n_heads"} - sizes.keys()
+    missing = set(names.values()) - {"n_kv_heads", "rope_theta", "tied"} - sizes.keys()
     check(not missing, f"{folder}: config.json does not say {sorted(missing)}")
     return config, sizes, weights
 
@@ -973,7 +971,7 @@ def published_vit(folder, drop_last=0):
     check(0 <= drop_last < depth, f"drop_last {drop_last} must leave one of {depth} blocks")
     sizes |= {"image_size": (sizes["image_size"], sizes["image_size"]),
               "n_layers": depth - drop_last, "pre_norm": is_clip, "post_norm": not is_clip,
-              "mlp_ratio": sizes.pop("ffn_dim", 4 * sizes["dim"]) / sizes["dim"]}
+              "mlp_ratio": sizes.pop("ffn_dim") / sizes["dim"]}
     ignored = r".*position_ids|text_|visual_projection|logit_scale|qformer\.|query_tokens|language_"
     for i in range(depth - drop_last, depth):
         ignored += rf"|.*encoder\.layers\.{i}\."
@@ -987,8 +985,8 @@ def published_vit(folder, drop_last=0):
 
 
 def published_qformer(folder):
-    """The arguments of a `QFormer` without text half and its weights, BLIP-2's
-    (`Salesforce/blip2-opt-2.7b`). Raises FileNotFoundError, ValueError."""
+    """The arguments of BLIP-2's `QFormer` without text half, and its weights.
+    Raises FileNotFoundError, ValueError."""
     _, sizes, weights = read_folder(folder, ("blip-2",), QFORMER_SIZES, QFORMER_DEFAULTS,
                                     "qformer_config")
     return sizes, rename(weights, r"vision_model|language_|qformer\.embeddings", QFORMER_RULES)

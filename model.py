@@ -240,8 +240,8 @@ class GPTAttention(nn.Module):
         k = rotate(k, rope)
         mask = None
         if cache is not None:
-            # A token at position p is written to slot p. Texts differ in length, so each text of
-            # the batch has its own p.
+            # A token at position p is written to slot p. The prompts are at 0 to T - 1. Later each
+            # text has its own p, since texts differ in length.
             texts = torch.arange(B, device=x.device)[:, None]
             cache[0, texts, positions] = k.to(cache)
             cache[1, texts, positions] = v.to(cache)
@@ -304,16 +304,16 @@ class GPT(nn.Module):
         for block in self.blocks:
             nn.init.zeros_(block.w2.weight)
         nn.init.normal_(self.lm_head.weight, std=0.02)
-        # To answer from what was said, a decoder must look back. Small ones find that late, so they
-        # start with it: see `look_back`, which needs biases.
+        # An answer often stands earlier in the text. Small decoders find late where to look, so
+        # they start with it, in the biases of block 0: see `look_back`.
         if qkv_bias:
             look_back(self.blocks[0].attention, rope_theta)
 
     def forward(self, x, is_image=None, positions=None, cache=None):
         """x (B, T, D) embeddings -> (B, T, D), which `lm_head` turns into logits.
-        is_image (B, T): where adapters act, None for nowhere. positions (B or 1, T): 0, 1, ... if
-        None. cache: a tensor for each block, into which the keys and values of x are written. A
-        token then attends to all positions up to its own."""
+        is_image (B, T): where adapters act (LoRA: everywhere), None for nowhere. positions (B or 1,
+        T): 0, 1, ... if None. cache: a tensor for each block, into which the keys and values of x
+        are written. A token then attends to all positions up to its own."""
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
         rope = rotation(positions, self.head_dim, self.rope_theta)
@@ -450,8 +450,8 @@ class MLLM(nn.Module):
         n_found = int((input_ids == self.config.image_id).sum())
         input_ids = input_ids.to(self.device, non_blocking=True)
         is_image = input_ids == self.config.image_id  # (B, T)
-        # A published vocabulary has no ids for placeholders and padding. data.py gives them some
-        # beyond its end. Any embedding will do for them: nothing reads it.
+        # With a published vocabulary, placeholders and padding have ids beyond its end. Any
+        # embedding will do for them: nothing reads it.
         last_id = self.decoder.token_embedding.num_embeddings - 1
         x = self.decoder.token_embedding(input_ids.clamp(max=last_id))  # (B, T, D)
         if images is None and n_found == 0:
@@ -462,8 +462,8 @@ class MLLM(nn.Module):
         N, Q, _ = image_tokens.shape
         if n_found != N * Q:
             raise ValueError(f"the text has {n_found} placeholders, but {N} images make {N * Q}")
-        # The i-th placeholder takes the i-th image token. Unlike x[is_image] = image_tokens, this
-        # need not count them again, for which the CPU would wait for the GPU.
+        # The i-th placeholder takes the i-th image token. x[is_image] = image_tokens would count
+        # them again, for which the CPU would wait.
         x = x.masked_scatter(is_image[..., None], image_tokens.to(x.dtype))
         return x, self.adapter_mask(is_image, has_images=True)
 
@@ -522,7 +522,7 @@ class MLLM(nn.Module):
             # A short prompt left its padding in the slots behind it. That does no harm: each new
             # token overwrites the slot of its own position before anything attends to it.
             x = self.decoder.token_embedding(tokens)[:, None]  # (B, 1, D)
-            # An answer has no image tokens: Partial LoRA rests, LoRA acts on.
+            # An answer has no image tokens: only the adapters of plain LoRA act on it.
             is_adapted = self.adapter_mask(tokens[:, None] == self.config.image_id, False)
             positions = (lengths + step)[:, None]  # (B, 1)
             used = [block_cache[:, :, :T + step + 1] for block_cache in cache]
@@ -547,9 +547,10 @@ def resize_positions(positions, grid, new_grid):
 @torch.no_grad()
 def look_back(attention, rope_theta):
     """Let head h of a `GPTAttention` start by attending to the token h + 1 places back."""
-    # RoPE turns biases, too. At position t the query bias of head h has turned by t steps, and it
-    # starts h + 1 steps behind: t - (h + 1) in all. A key bias at s has turned by s steps. The two
-    # match at s = t - (h + 1), and softmax chooses that token.
+    # With biases alone every query and every key is the same vector. But RoPE turns them, so their
+    # product depends on t - s. The query bias of head h begins h + 1 steps behind the key bias. At
+    # position t it has turned to t - (h + 1), as far as the key at s = t - (h + 1). The two match
+    # there, and softmax chooses that token.
     distances = torch.arange(1, attention.n_heads + 1)[None]
     cos, sin = rotation(distances, attention.head_dim, rope_theta)  # (1, H, 1, Dh/2)
     # Channel pairs that hardly turn in one step cannot tell distances apart: they stay zero.
@@ -564,7 +565,7 @@ def look_back(attention, rope_theta):
 @torch.no_grad()
 def cast_frozen(model):
     """Keep frozen linear and convolution layers in bfloat16, for half the memory, as BLIP-2 does.
-    All else stays float32 (adapters, norms), so run the model under autocast then."""
+    All else stays float32 (adapters, norms, untied embeddings): use autocast then."""
     for module in model.modules():
         if not isinstance(module, (nn.Conv2d, nn.Linear)):
             continue

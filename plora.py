@@ -48,7 +48,7 @@ class PLoRALinear(nn.Linear):
         super().reset_parameters()
         if hasattr(self, "lora_A"):  # nn.Linear calls this before they exist
             # Both zero would never learn: each factor's gradient is a multiple of the other. B
-            # random and A zero would do, but A random stands larger rates (arXiv 2406.08447).
+            # random and A zero would do, but A random allows larger rates (arXiv 2406.08447).
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
             nn.init.zeros_(self.lora_B)
 
@@ -62,7 +62,7 @@ class PLoRALinear(nn.Linear):
         if is_image.shape != x.shape[:-1]:
             raise ValueError(f"is_image must have shape {tuple(x.shape[:-1])}, one flag for each "
                              f"token of x, got {tuple(is_image.shape)}")
-        # In a stage that trains W but not the adapter, the adapter must not drop anything.
+        # A frozen adapter must not drop anything: what trains around it would learn from noise.
         drops = self.training and self.lora_A.requires_grad
         low_rank = F.linear(F.dropout(x, self.dropout, drops), self.lora_A)  # (..., r)
         low_rank = low_rank * (self.alpha / self.r)

@@ -7,8 +7,8 @@
     text (B, T) ids ─────► self-attention ───────────────────► text FFN  ─► (B, T, Dq)
 
 A BERT encoder (arXiv 1810.04805) that BLIP-2 changed in two ways (arXiv 2301.12597, section 3.1).
-In every `cross_attention_every`-th block the queries also attend to the image. And each block has
-two feed-forward networks (FFN): one for queries, one for text.
+In blocks 0, 2, 4, ... (`cross_attention_every` = 2) the queries also attend to the image. And each
+block has two feed-forward networks (FFN): one for queries, one for text.
 
 BLIP-2 trains it with three losses. Queries and text meet in self-attention only, so a mask decides
 what each loss may see:
@@ -32,7 +32,7 @@ MiniGPT-4 uses it. To drop it after training: `half.load_state_dict(whole.state_
 strict=False)`.
 
 A text begins with a mark: <s> where it is to be summed up (BERT's [CLS]), <dec> where it is to be
-written. Left out on purpose: BERT's segment embeddings.
+written.
 
     python qformer.py        prints the three masks
 
@@ -212,8 +212,8 @@ class QFormer(nn.Module):
         """How well image i fits text j: (B, B) cosines divided by the temperature.
         queries (B, Q, Dq) from `forward`. text (B, T) ids that begin with <s>."""
         images = F.normalize(self.itc_image(queries), dim=-1)  # (B, Q, itc_dim)
-        # What comes out at <s>, BERT's [CLS], sums the text up. Text runs alone here, which equals
-        # the mask "separate" with queries beside it.
+        # What comes out at <s>, BERT's [CLS], sums the text up. Under "separate" text never sees
+        # queries, so it runs without them.
         cls = self(text=text, mask_kind="separate")[:, 0]  # (B, Dq)
         texts = F.normalize(self.itc_text(cls), dim=-1)  # (B, itc_dim)
         cosines = torch.einsum("iqd,td->itq", images, texts)  # (B images, B texts, Q)
@@ -238,8 +238,7 @@ class QFormer(nn.Module):
         # Hard negatives: each image gets a wrong text, and each text a wrong image. The more
         # similar the two are, the more often they are drawn.
         is_true_pair = torch.eye(B, dtype=torch.bool, device=text.device)
-        # multinomial crashes at NaN. With zeros instead, the loss is NaN all the same, and train.py
-        # stops with a sentence.
+        # multinomial crashes at NaN. With zeros instead the loss is NaN all the same.
         odds = similarity.detach().nan_to_num()
         odds = odds.masked_fill(is_true_pair, float("-inf"))  # (B, B)
         wrong_text = torch.multinomial(odds.softmax(dim=1), 1)[:, 0]  # (B,)
@@ -272,8 +271,9 @@ class QFormer(nn.Module):
     #     block 1   (no cross-attention)            text reads what block 0 made of the queries
     #     block 2   queries read the image again    text reads what block 1 made of the queries
     #
-    # So ITG, which teaches details, never trains what the queries become in block 2. Only ITC and
-    # ITM do, which need few details. The decoder gets the queries as they leave block 1.
+    # ITG, which teaches details, needs the text half of block 2, but never trains what the queries
+    # become there. ITC and ITM do, and they need few details. So the decoder gets the queries as
+    # they leave block 1. They have then read the image once, in block 0.
 
 
 def main():

@@ -142,7 +142,8 @@ GPU = replace(
     scenes=dict(n_colors=6, n_shapes=4, n_places=9, max_things=5),
     language_turns=6, instruct_turns=6, workers=4, save_every=1000,
     language_samples=110_000, vision_samples=300_000, align_samples=16_000, instruct_samples=80_000,
-    # Half of the rates above: at those, parts of this width learn little before the rate falls.
+    # Half of the rates above (but for `language`): parts of this width learned little at those,
+    # until the schedule lowered them.
     vision_lr=3e-3, align_lr=3e-3, instruct_lr=2e-3)
 TINY = replace(  # all stages in forty seconds, for a first look and after a change
     CPU,
@@ -249,11 +250,12 @@ def make_optimizers(model, config, stage):
             continue
         part = part_of(name)
         rate = getattr(config, f"{stage}_lr") * scales[part]
-        # At the full rate feed-forward nets memorize which pairs never occur: no red circles.
+        # At the full rate feed-forward nets memorize which pairs never occur (no red circle), and
+        # then do not see one. Measured: tests/RESULTS.md.
         if part != "adapters" and re.search(r"_ffn\.|\.w[123]\.", name):
             rate *= config.ffn_lr_scale
-        # Muon (see the end of this file) learns far more here from as many samples. It is not for
-        # embeddings and heads: most of their rows are words that the batch does not have.
+        # Muon (below) learns far more here from as many samples. Not for embeddings and heads: most
+        # of their rows are words that the batch does not have.
         groups = adamw_groups
         if config.muon and parameter.ndim == 2 and not re.search("embedding|head", name):
             groups = muon_groups
@@ -302,8 +304,7 @@ def train_stage(model, stage, dataset, collate, config, out, state=None):
                        "model": model.state_dict(),
                        "optimizers": [optimizer.state_dict() for optimizer in optimizers]},
                       out / "resume.pt")
-        # A seed for each step: a resumed run draws what an uninterrupted one draws. (The hash of
-        # integers is the same in every run.)
+        # A seed for each step: a resumed run draws what an uninterrupted one draws.
         torch.manual_seed(hash((config.seed, STAGES.index(stage), step, rank)))
         scale = schedule(step, steps)
         rate = getattr(config, f"{stage}_lr") * scale
@@ -404,10 +405,10 @@ def main():
         tokenizer = tokenizer_from((state or earlier)["tokenizer"])
     elif config.llm_folder:
         tokenizer = PublishedTokenizer.load(Path(config.llm_folder) / "tokenizer.json")
-        check(tokenizer.pad_id <= config.decoder["vocab_size"], "the tokenizer is of another model")
+        check(tokenizer.pad_id <= config.decoder["vocab_size"], "tokenizer of another model")
     else:
         tokenizer = Tokenizer.train(texts_of(own_train or data["language"]), config.vocab_size)
-    # Build the model of each stage without memory: better an error now than after hours.
+    # Models without memory: better an error now than after hours.
     with torch.device("meta"):
         models = [MLLM(model_config(config, stage, tokenizer)) for stage in (*needed, "instruct")]
     check(models[-1].n_image_tokens + 64 < config.max_len, "--max-len leaves no room for text")
@@ -484,7 +485,7 @@ def starting_weights(config, stage, out):
     trained = set(saved["trained"])
     for field in ("scenes", *(SIZES_OF[part] for part in trained & SIZES_OF.keys())):
         old, new = saved["run"][field], getattr(config, field)
-        changed = [key for key in old if old[key] != new[key] and key not in CHANGEABLE]
+        changed = [key for key in old if old[key] != new.get(key) and key not in CHANGEABLE]
         check(not changed, f"{path} was trained with other {field} settings: {changed}")
     check("projector" not in trained or saved["config"]["connector"] == connector_of(config),
           f"{path} has a projector for another connector: run 'align' again first")
@@ -513,8 +514,8 @@ def init_model(config, stage, tokenizer, out):
     # A published ViT may come without `ln_vision`.
     missing = [name for name in missing if part_of(name) in trained and "ln_vision" not in name]
     check(not missing + unknown, f"weights do not fit: missing {missing}, left over {unknown}")
-    # A part that is used here must have been trained before or be trainable now. (Adapters add
-    # nothing while they are untrained, since their B is zero.)
+    # A part that is used here must have been trained before or be trainable now: with `minigpt4`
+    # the Q-Former must come from `vision`. (Untrained adapters add nothing, since B is zero.)
     used = set(PRETRAINING.get(stage, PARTS)) & {part_of(name) for name in names}
     used -= {"adapters"}
     random_parts = used - trained - lr_scales(config, stage).keys()
@@ -568,7 +569,7 @@ def make_batches(config, stage, dataset, collate, first_step=0):
     else:  # no scene twice in a run
         first = sum(getattr(config, f"{earlier}_samples") for earlier in STAGES[:index])
         order = range(first, first + n)
-    # With two processes and batches of four, the first takes 0, 1, 4, 5, ..., the second the rest.
+    # With two processes and batches of four, the first one takes 0, 1, 4, 5, ...
     size = config.batch_size // world
     own_part = [number for i, number in enumerate(order) if i // size % world == rank]
     return DataLoader(dataset, size, sampler=own_part[first_step * size:],
@@ -601,8 +602,8 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            # Equals `torch.optim.Muon` with `match_rms_adamw`. But matrices of one shape share
-            # batched products, for the same bits in less time.
+            # As `torch.optim.Muon` with `match_rms_adamw` and no weight decay. But matrices of one
+            # shape share batched products, for the same bits in less time.
             by_shape = defaultdict(list)
             for matrix in group["params"]:
                 if matrix.grad is not None:
@@ -627,7 +628,7 @@ def rank_and_world():
 
 
 def join_processes(device):
-    """Meet the other processes. Only the first one prints. Returns the device of this process."""
+    """Meet the other processes. Only the first one prints. Returns this one's device."""
     check(device.type != "cuda" or torch.cuda.is_available(), "there is no CUDA device")
     rank, world = rank_and_world()
     if world > 1:
