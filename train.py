@@ -237,7 +237,7 @@ def stage_loss(model, stage, batch, step, config):
 
 
 # ---- Optimizers ------------------------------------------------------------------------------
-ADAMW_SCALE = 0.5  # share of the rate for what AdamW trains in ViT and Q-Former, found by trial
+ADAMW_SCALE = 0.5  # share of the rate for what AdamW trains in ViT and Q-Former
 MAX_GRADIENT_NORM = 1.0
 
 
