@@ -340,9 +340,9 @@ def part_of(parameter_name):
 class ModelConfig:
     """All that is needed to build an `MLLM` and to feed it. A checkpoint stores it."""
     vit: dict                            # arguments of ViT
-    qformer: dict                        # of QFormer
     projector: dict                      # of make_projector
     decoder: dict                        # of GPT
+    qformer: dict                        # of QFormer
     connector: str = "qformer"           # one of CONNECTORS
     lora_on: str = "image"               # tokens that adapters change; "all" makes it plain LoRA
     max_len: int = 512                   # longest prompt + answer, in tokens, those of images too

@@ -30,8 +30,8 @@ DECODER = dict(vocab_size=V, dim=16, n_layers=2, n_heads=4, n_kv_heads=2, r=2, a
 
 
 def make_model(vit={}, qformer={}, projector={}, decoder={}, max_len=40, **options):
-    config = ModelConfig(VIT | vit, QFORMER | qformer, dict(in_dim=16, out_dim=16) | projector,
-                         DECODER | decoder, max_len=max_len, **options)
+    config = ModelConfig(VIT | vit, dict(in_dim=16, out_dim=16) | projector, DECODER | decoder,
+                         QFORMER | qformer, max_len=max_len, **options)
     return scramble(MLLM(config), std=0.8)
 
 
