@@ -479,7 +479,7 @@ def read_image(path):
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # whatever a decoder raises
+    except Exception as error:
         raise ValueError(f"cannot read the picture {path} ({error})") from error
 
 
@@ -562,7 +562,7 @@ def read_records(path):
         for annotation in json.loads(text)["annotations"]:
             file = f"image/{annotation.get('image_id')}.jpg"
             question = random.Random(file).choice(DESCRIBE)  # a picture always gets the same
-            yield llava_record(file, question, clean_caption(annotation.get("caption") or ""))
+            yield llava_record(file, question, clean_caption(str(annotation.get("caption"))))
     elif path.suffix == ".json":
         yield from json.loads(text)
     elif path.suffix == ".jsonl":
@@ -594,7 +594,7 @@ def read_own_data(path, images=""):
     folder = Path(images or folder)
     try:
         records = list(read_records(path))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: none of the layouts that are known here ({error!r})") from error
     return keep_usable(records, lambda record: parse_record(record, folder), path)
 
@@ -705,18 +705,18 @@ def draw_curves(losses, path):
     canvas = ImageDraw.Draw(sheet)
     for panel, (stage, values) in enumerate(losses.items()):
         left, right, top, bottom = panel * 360 + 60, panel * 360 + 340, 30, 212
-        # Means of a multiple of four: by default ITC and ITM add to the loss of each fourth step.
+        # Means of 4 or more: by default ITC and ITM add to each fourth loss.
         n = 4 * max(1, len(values) // 200)
         means = [np.mean(values[i:i + n]) for i in range(0, len(values), n)]
         powers = np.log10(np.maximum(means, 1e-9))
-        ticks = range(math.floor(powers.min()), math.floor(powers.max()) + 2)
-        for power in ticks:
-            y = np.interp(power, (ticks[0], ticks[-1]), (bottom, top))
-            canvas.text((left - 6, y), f"{10.0**power:g}", "black", font, "rm")
-        ys = np.interp(powers, (ticks[0], ticks[-1]), (bottom, top))
+        low, high = math.floor(powers.min()), math.floor(powers.max()) + 1
+        ys = np.interp(powers, (low, high), (bottom, top))
         canvas.line(list(zip(np.linspace(left, right, len(ys)), ys)), (45, 85, 215), 2)
+        canvas.text((left - 6, bottom), f"{10.0**low:g}", "black", font, "rm")
+        canvas.text((left - 6, top), f"{10.0**high:g}", "black", font, "rm")
         canvas.rectangle((left, top, right, bottom), outline="gray")
-        canvas.text((left, 8), f"{stage}: loss in nats, {len(values)} steps", "black", font)
+        title = f"{stage}: loss in nats, log scale, {len(values)} steps"
+        canvas.text((left, 8), title, "black", font)
     sheet.save(path)
 
 
@@ -765,7 +765,8 @@ class PublishedTokenizer(Tokenizer):
         self.is_sentencepiece = content["model"].get("byte_fallback", False)
         cutter = content.get("pre_tokenizer") or {}
         self.steps = {step["type"]: step for step in cutter.get("pretokenizers", [cutter]) if step}
-        check(self.normalizer in (None, "NFC", "Sequence"), f"normalizer {self.normalizer}")
+        known = ("Sequence", None) if self.is_sentencepiece else ("NFC", None)
+        check(self.normalizer in known, f"normalizer {self.normalizer}")
         check(self.is_sentencepiece or "ByteLevel" in self.steps, f"steps {[*self.steps]}")
         self.space = "" if self.is_sentencepiece else " "  # SentencePiece puts it there itself
         self.known_words = {}
@@ -795,7 +796,7 @@ class PublishedTokenizer(Tokenizer):
     @classmethod
     def load(cls, path):
         """Read a tokenizer.json. tokenizer_config.json beside it names start and end symbols.
-        Raises FileNotFoundError, or ValueError for another kind of tokenizer."""
+        Raises FileNotFoundError, ValueError."""
         names = json.loads(Path(path).with_name("tokenizer_config.json").read_text("utf-8"))
         symbols = [names.get(name) for name in ("bos_token", "eos_token")]
         symbols = [symbol["content"] if isinstance(symbol, dict) else symbol for symbol in symbols]
@@ -841,7 +842,7 @@ class PublishedTokenizer(Tokenizer):
             # Llama 3 does not take a word apart that is a token.
             if self.content["model"].get("ignore_merges") and whole in self.vocab:
                 names = [whole]
-        # Bytes that the vocabulary lacks are dropped, as its own library does.
+        # Bytes that it lacks are dropped, as its own library does.
         return [self.vocab[name] for name in names if name in self.vocab]
 
 
@@ -897,7 +898,7 @@ def read_folder(folder, families, names, blip2_defaults, *sections):
     check(model_type in families, f"{folder}: model_type {model_type!r} is not one of {families}")
     for section in sections:  # what it holds is then found at the top
         config |= config.get(section) or {}
-    # Our models know these settings with these values alone.
+    # What our models know.
     is_gpt = model_type in ("llama", "qwen2")
     known = {"hidden_act": ("silu",) if is_gpt else ("gelu", "quick_gelu"),
              "attention_bias": (False,), "use_sliding_window": (False,), "rope_type": ("default",),
@@ -1004,14 +1005,15 @@ def published_gpt(folder):
     state = rename(weights, ignored, GPT_RULES)
     if sizes.get("tied"):
         state["lm_head.weight"] = state["token_embedding.weight"]
+    # Older files lack these.
+    sizes = {"n_kv_heads": None, "rope_theta": 10_000.0, "tied": False} | sizes
     return sizes | {"qkv_bias": config["model_type"] == "qwen2"}, state
 
 
 def main():
     spec = SceneSpec()
     tokenizer = Tokenizer.train(texts_of(Scenes(spec, "language", 500)), 1024)
-    scenes = Scenes(spec, "instruct", 12)
-    sample = next(sample for sample in scenes if len(sample.turns) > 1)
+    sample = Scenes(spec, "instruct", 2)[1]
     ids, labels = encode_turns(tokenizer, sample.turns[:2], n_image_tokens=4)
     print("Two turns about a scene, with 4 tokens for its picture:")
     for position, (token, label) in enumerate(zip(ids, labels)):

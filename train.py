@@ -709,7 +709,7 @@ def settings(arguments, state):
         if key:
             value = getattr(config, field) | {key: value}
         config = replace(config, **{field: value})
-    if not earlier:
+    if not earlier or arguments.preset:
         for part, (sizes, _) in published_parts(config).items():
             if part == "vit":  # its positions can be interpolated
                 sizes["image_size"] = flags.get("vit.image_size", sizes["image_size"])

@@ -49,7 +49,6 @@ def test_merges_equal_those_worked_by_hand():
     assert tokenizer_from(json.loads(json.dumps(tokenizer.state))).merges == tokenizer.merges
 
 
-# ---- Scenes ----------------------------------------------------------------------------------
 SPEC = SceneSpec(image_size=12)  # small pictures are drawn fast
 WIDE = SceneSpec(image_size=12, n_places=9)
 UNSEEN = {" ".join(pair) for pair in SPEC.unseen_pairs}
@@ -168,7 +167,6 @@ def test_each_task_puts_the_picture_where_it_says():
                 assert answer == (slow_answer(things, question) or describe(things))
 
 
-# ---- Your own data ---------------------------------------------------------------------------
 def record(*texts, **fields):
     messages = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
     return {**fields, "conversations": messages}

@@ -152,8 +152,11 @@ def test_a_run_on_published_parts_needs_no_stage_0_and_keeps_frozen_weights(vit,
     for part, (_, published) in train.published_parts(config_of(*given)).items():
         assert published and all(torch.equal(weights[f"{part}.{name}"], value.float())
                                  for name, value in published.items()), part
-    larger = config_of(*given, "--vit.image-size", "84", "56")  # a flag wins over published sizes
-    assert larger.vit == config_of(*given).vit | {"image_size": (84, 56)}
+    larger = config_of(*given, "--vit.image-size", "84", "56").vit
+    assert larger == config_of(*given).vit | {"image_size": (84, 56)}
+    older = {key: value for key, value in sizes.items() if not re.search("rope|key_value", key)}
+    (llm / "config.json").write_text(json.dumps(older))
+    assert config_of(*given).decoder.items() >= {"rope_theta": 1e4, "n_kv_heads": None}.items()
 
 
 def test_every_setting_is_a_flag_with_dashes_and_help_says_its_comment(monkeypatch, capsys):
