@@ -2,11 +2,10 @@
 
     Scenes ──────┐
                  ├─► Sample (images, turns) ─► encode_turns ─► ids and labels ─► Collate ─► batch
-    Conversations┘                             (the template)                   (padding)
+    own pictures ┘                             (the template)                   (padding)
 
 `Scenes` are drawn as they are needed, with questions whose answers are known: nothing has to be
-downloaded. `Conversations`, your own pictures, come in the second half of this file, which you may
-skip.
+downloaded. Your own pictures come in the second half of this file, which you may skip.
 
     python data.py        two turns of a sample, token by token
 
@@ -17,12 +16,14 @@ import io
 import json
 import math
 import mmap
+import os
 import random
 import re
 import sys
 import textwrap
 import unicodedata
-from collections import Counter
+import zlib
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -31,7 +32,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
 
 
 def check(is_right, message):
@@ -102,23 +102,33 @@ class SceneSpec:
         return [pair for pair in self.pairs if pair not in self.unseen_pairs]
 
 
-def random_things(spec, rng, unseen=False):
-    """1 to max_things things in reading order, of different pairs and in different cells.
-    unseen: exactly one of them has an unseen pair. Otherwise none has."""
-    n = rng.randint(1, spec.max_things)
-    pairs = rng.sample(spec.training_pairs, n)
-    if unseen:
-        pairs[0] = rng.choice(spec.unseen_pairs)
-    cells = rng.sample(CELLS[:spec.n_places], n)
-    things = []
-    for (color, shape), cell in zip(pairs, cells):
-        things.append(Thing(color, shape, rng.choice(list(SIZES)), cell // 3, cell % 3))
-    return sorted(things, key=lambda thing: (thing.row, thing.column))
-
-
 def describe(things):
     """All there is to say, in reading order: "At the top left is a large blue star. At ..." """
     return " ".join(f"At the {thing.place} is a {thing.size} {thing.name}." for thing in things)
+
+
+def is_reserved(things):
+    """Whether an arrangement is kept for tests. A hash of its description chooses one in ten."""
+    return zlib.crc32(describe(things).encode()) % 10 == 0
+
+
+def random_things(spec, rng, split):
+    """1 to max_things things in reading order, of different pairs and in different cells.
+    "train": no reserved arrangement. "test" and "unseen": only reserved ones.
+    "unseen": exactly one thing has an unseen pair. In the other splits none has."""
+    for _ in range(10_000):
+        n = rng.randint(1, spec.max_things)
+        pairs = rng.sample(spec.training_pairs, n)
+        if split == "unseen":
+            pairs[0] = rng.choice(spec.unseen_pairs)
+        cells = rng.sample(CELLS[:spec.n_places], n)
+        things = []
+        for (color, shape), cell in zip(pairs, cells):
+            things.append(Thing(color, shape, rng.choice(list(SIZES)), cell // 3, cell % 3))
+        things.sort(key=lambda thing: (thing.row, thing.column))
+        if is_reserved(things) == (split != "train"):
+            return things
+    raise ValueError(f"no arrangement is left for {split!r}: raise one of the scenes settings")
 
 
 def caption(things, rng):
@@ -189,19 +199,19 @@ def ask_any(things, spec, rng):
 @dataclass
 class Sample:
     """One record of any source."""
-    images: list[Image.Image]  # own pictures are paths until `Conversations` opens them
+    images: list[Image.Image | Path]  # own pictures stay paths until a batch needs them
     turns: list[tuple[str, str | None]]  # (question, answer); "<image>" stands for the next image
     question_type: str = "answer"  # groups the answers in an evaluation
     references: tuple[str, ...] = ()  # all right answers to the last question, in an evaluation
 
 
 @dataclass
-class Scenes(Dataset):
+class Scenes:
     """Scenes: number i is always the same picture and text for the same settings."""
     spec: SceneSpec
     task: str  # a stage of train.py, or "question" or "describe" in an evaluation
     n: int  # how many of them
-    split: str = "train"  # or "test", other pictures; "unseen", with a pair that is in no other
+    split: str = "train"  # or "test", other arrangements; "unseen", with an unseen pair, too
     seed: int = 0
     n_turns: int = 6  # questions about each scene
 
@@ -211,7 +221,7 @@ class Scenes(Dataset):
     def things(self, i):
         """(what is in scene i, the generator that decides how it is drawn)."""
         rng = random.Random(f"{self.seed} {self.split} {i}")
-        return random_things(self.spec, rng, self.split == "unseen"), rng
+        return random_things(self.spec, rng, self.split), rng
 
     def conversation(self, things, rng):
         """Questions and answers, or else a description. In `language` words replace the picture."""
@@ -312,19 +322,28 @@ class Tokenizer:
         for text in texts:
             counts.update(tokenizer.split(text))
         words = {word: tokenizer.smallest_parts(word) for word in counts}
+        pair_counts = Counter()
+        words_with = defaultdict(set)  # pair -> words that have it, or had it
+
+        def count(word, sign):
+            for pair in zip(words[word], words[word][1:]):
+                pair_counts[pair] += sign * counts[word]
+                words_with[pair].add(word)
+
+        for word in words:
+            count(word, 1)
         merges = []
         for new_id in range(tokenizer.vocab_size, vocab_size):
-            pair_counts = Counter()
-            for word, ids in words.items():
-                for pair in zip(ids, ids[1:]):
-                    pair_counts[pair] += counts[word]
             best = max(pair_counts, key=lambda pair: (pair_counts[pair], pair), default=None)
             # A pair that occurs once is not worth an id. (No pair at all: None.)
             if pair_counts[best] < 2:
                 break
             merges.append(best)
-            for word, ids in words.items():
-                words[word] = merge_pair(ids, best, new_id)
+            # Only the words that have this pair change, and only their pairs are counted again.
+            for word in words_with.pop(best):
+                count(word, -1)
+                words[word] = merge_pair(words[word], best, new_id)
+                count(word, 1)
         return cls(merges)
 
     def split(self, text):
@@ -361,8 +380,9 @@ class Tokenizer:
 
 
 def texts_of(samples, at_most=5000):
-    """Questions and answers of the first samples, to train a tokenizer on."""
-    for i in range(min(len(samples), at_most)):
+    """Questions and answers of samples, drawn from all of them, to train a tokenizer on."""
+    n = len(samples)
+    for i in random.Random(0).sample(range(n), min(n, at_most)):
         text = " ".join(text for turn in samples[i].turns for text in turn)
         yield " " + " ".join(text.replace("<image>", " ").split())
 
@@ -404,8 +424,9 @@ def encode_turns(tokenizer, turns, n_image_tokens):
 
 
 def to_pixels(image, size):
-    """An RGB picture, squashed to size (height, width) -> (3, height, width) uint8."""
+    """An RGB picture or its path, squashed to size (height, width) -> (3, height, width) uint8."""
     height, width = size
+    image = read_image(image)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -475,15 +496,26 @@ CAPTION = ("Describe the picture in one sentence.", "What does the picture show,
 
 
 def read_image(path):
-    """The picture as RGB, turned as its EXIF data say. Raises ValueError naming it."""
+    """The picture as RGB, turned as its EXIF data say. Shades of more than 8 bits are scaled, what
+    is transparent is laid on white. (A picture, no path: itself.) Raises ValueError naming it."""
+    if isinstance(path, Image.Image):
+        return path
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            image = ImageOps.exif_transpose(image)
+            if image.mode[0] in "IF":  # "I;16": 0 to 65535; "F": of any range
+                shades = np.asarray(image, dtype=np.float32)
+                white = 65535 if image.mode[0] == "I" else max(1, shades.max())
+                image = Image.fromarray((shades * (255 / white)).clip(0, 255).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
     except Exception as error:
         raise ValueError(f"cannot read the picture {path} ({error})") from error
 
 
-def keep_usable(items, use, source):
+def keep_usable(items, use, source, what="record"):
     """use(item) for each item. Where it raises, the item is left out, which is printed.
     Raises ValueError when none is left."""
     kept, problems = [], []
@@ -491,86 +523,122 @@ def keep_usable(items, use, source):
         try:
             kept.append(use(item))
         except Exception as error:  # whatever is wrong with it
-            problems.append(f"record {i}: {type(error).__name__}: {error}")
+            problems.append(f"{what} {i}: {type(error).__name__}: {error}")
     if problems:
-        print(f"{source}: {len(problems)} of {len(items)} records are left out, the first ones:")
+        print(f"{source}: {len(problems)} of {len(items)} {what}s are left out, the first ones:")
         print(*problems[:5], sep="\n")
-    check(len(kept) > 0, f"{source}: there is no usable record in it")
+    check(len(kept) > 0, f"{source}: there is no usable {what} in it")
     return kept
 
 
+ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+
+
 def parse_record(record, folder):
-    """A LLaVA record as a sample with the paths of its pictures as `images`.
+    """A record as a sample with the paths of its pictures as `images`. Raises ValueError.
+
     {"image": FILE or a list of them or none, "conversations": [{"from": "human" or "gpt", "value":
-    TEXT}, ...]}, with "<image>" in the questions once for each picture. Raises ValueError."""
+    TEXT}, ...]} is LLaVA's, with "<image>" in the questions once for each picture. There may be a
+    "system" text first. {"image": FILE, "caption": TEXT} is a line of a table, {"image_id": NAME,
+    "caption": TEXT} is an annotation of cc_sbu_align, {"image": FILE, "class": TEXT} is ours.
+    """
     if isinstance(record, str):  # a line of JSONL
         record = json.loads(record)
-    files = record.get("image") or []
-    if not isinstance(files, list):
-        files = [files]
-    speakers = [message["from"] for message in record["conversations"]]
-    texts = [message["value"].strip() for message in record["conversations"]]
-    check(len(texts) > 0 and speakers == ["human", "gpt"] * (len(texts) // 2),
-          f"expected pairs from 'human' and 'gpt', got {speakers}")
+    files, question_type = record.get("image"), "answer"
+    if "conversations" in record:
+        messages = record["conversations"]
+        texts = [message["value"].strip() for message in messages]
+        speakers = [ROLES.get(message["from"], message["from"]) for message in messages]
+        if speakers[:1] == ["system"]:  # goes before the first question
+            texts = [" ".join(texts[:2]), *texts[2:]]
+            speakers = speakers[1:]
+        check(len(texts) > 0 and speakers == ["human", "gpt"] * (len(texts) // 2),
+              f"expected pairs from 'human' and 'gpt', got {speakers}")
+    elif "class" in record:
+        question_type, texts = "class", [f"<image> {CLASS}", record["class"]]
+        check(bool(texts[1]), f"{files} is in no class folder")
+    else:
+        check("caption" in record, "there are no 'conversations' in it")
+        text, requests = record["caption"].strip(), CAPTION
+        if "image_id" in record:
+            files = f"image/{record['image_id']}.jpg"
+            text, requests = clean_caption(text), DESCRIBE
+        # A picture is always asked about in the same words.
+        texts = [f"<image> {random.Random(files).choice(requests)}", text]
     questions, answers = texts[::2], texts[1::2]
-    check(all(answers) and "<image>" not in " ".join(answers), "an answer is empty or has <image>")
+    check(all(answers) and "<image>" not in " ".join(answers),
+          f"an answer about {files} is empty or has <image>")
+    if not isinstance(files, list):
+        files = [] if files in (None, "") else [files]
     n = " ".join(questions).count("<image>")
     check(n == len(files), f"{n} <image> in the questions, but {len(files)} images")
-    paths = [folder / file for file in files]
+    # A file may be written in two ways, "a.png" and "./a.png". Resolved, both are the same.
+    paths = [(folder / str(file)).resolve() for file in files]
     for path in paths:
         Image.open(path).close()  # better an error now than after hours
-    return Sample(paths, list(zip(questions, answers)))
+    return Sample(paths, list(zip(questions, answers)), question_type)
 
 
 def clean_caption(text):
     """A caption fit to be imitated, or "" if fewer than five words are left.
     "A dog runs. ### A dog runs. It is brown!!! The gras" becomes "A dog runs. It is brown!".
     Source: arXiv 2304.10592, section 3.2. Differs: rules alone, nothing is asked of ChatGPT."""
-    text = re.sub(r"</?\w+[^<>]*>", " ", text)  # markup
-    # Of Unicode's categories L are letters, M their accents, N numbers.
-    signs = ".,;:!?'\"()%$€&/+°–—‘’“”…-"
-    text = "".join(sign for sign in text if sign in signs or sign.isspace()
-                   or unicodedata.category(sign)[0] in "LMN")
+    text = re.sub(r"</?[A-Za-z]\w*(\s[^<>]*=[^<>]*)?\s*/?>", " ", text)  # <unk>, <a href="x">
+    # Of Unicode's categories L are letters, M their accents, N numbers, P punctuation, Sc signs of
+    # money, Sm those like "×". The two joiners belong to words of Persian and Hindi.
+    kinds = ("L", "M", "N", "P", "Sc", "Sm")
+    text = "".join(sign for sign in text if sign not in "#*_~|\\" and (
+        sign.isspace() or sign in "°\u200c\u200d" or unicodedata.category(sign).startswith(kinds)))
     text = re.sub(r"\.{2,}", "…", text)
     text = re.sub(r"([^\w\s])\1+", r"\1", text)  # "!!!" says no more than "!"
     kept, known = [], set()
-    # A sentence ends in a sign. What comes after the last one is unfinished.
-    for sentence in re.findall(r"\S.*?[.!?][\"')’”]*(?=\s|$)", text, re.DOTALL):
+    # A sentence ends in a sign. What comes after the last one is unfinished. In Chinese and
+    # Japanese no space follows.
+    end = r"[.!?؟।۔][\"')’”]*(?=\s|$)|[。！？][”’」』]*"
+    # Scripts without spaces between words have letters of the category Lo: each counts as a word.
+    # Some of them, like Thai, have no signs at the end either.
+    n_other = sum(unicodedata.category(sign) == "Lo" for sign in text)
+    sentences = re.findall(rf"\S.*?(?:{end})", text, re.DOTALL)
+    for sentence in sentences or [text] * (n_other > 0):
         words = tuple(re.findall(r"\w+", sentence.lower()))
-        if words and (words not in known or len(words) == 1):  # "Mr." and the like may come again
+        # "Mr." and the like may come again.
+        if words and (words not in known or len("".join(words)) < 5):
             kept.append(" ".join(sentence.split()))
         known.add(words)
-    text = " ".join(kept)
-    return text if len(re.findall(r"\w+", text)) >= 5 else ""
-
-
-def llava_record(file, question, answer):
-    """One question about one picture, in LLaVA's form."""
-    return {"image": file, "conversations": [{"from": "human", "value": f"<image> {question}"},
-                                             {"from": "gpt", "value": answer}]}
+    text = re.sub("([。！？][”’」』]*) ", r"\1", " ".join(kept))
+    return text if len(re.findall(r"\w+", text)) + n_other >= 5 else ""
 
 
 def read_records(path):
-    """The records of a file or folder in LLaVA's form, not yet looked into."""
+    """The records of a file or folder, not yet looked into. Raises ValueError."""
     if path.is_dir():
-        for file in sorted(path.glob("*/*")):
-            if file.suffix.lower() in (".jpg", ".jpeg", ".png"):
-                yield llava_record(file.relative_to(path), CLASS, file.parent.name)
+        for file in path.glob("*.json*"):
+            raise ValueError(f"{path} has {file.name} beside its folders: give --data {file}")
+        for folder, subfolders, files in os.walk(path, followlinks=True):
+            subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
+            place = Path(folder).relative_to(path)
+            for name in sorted(files):
+                if name[0] != ".":
+                    yield {"image": str(place / name), "class": "".join(place.parts[:1])}
         return
-    text = path.read_text(encoding="utf-8-sig")
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[:error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8; save it in that encoding") from error
     if path.name == "filter_cap.json":
-        for annotation in json.loads(text)["annotations"]:
-            file = f"image/{annotation.get('image_id')}.jpg"
-            question = random.Random(file).choice(DESCRIBE)  # a picture always gets the same
-            yield llava_record(file, question, clean_caption(str(annotation.get("caption"))))
-    elif path.suffix == ".json":
+        yield from json.loads(text)["annotations"]
+    elif path.suffix not in (".json", ".jsonl"):
+        table = csv.DictReader(io.StringIO(text))
+        header = table.fieldnames or []
+        check({"image", "caption"} <= {*header},
+              f"{path}: the first line of a table must be image,caption, not {header}")
+        yield from table
+    elif text.lstrip().startswith("["):
         yield from json.loads(text)
-    elif path.suffix == ".jsonl":
+    else:  # a record a line, whatever the file is called
         yield from filter(str.strip, text.split("\n"))
-    else:
-        for line in csv.DictReader(io.StringIO(text)):
-            question = random.Random(line["image"]).choice(CAPTION)
-            yield llava_record(line["image"], question, line["caption"])
 
 
 def read_own_data(path, images=""):
@@ -594,19 +662,37 @@ def read_own_data(path, images=""):
     folder = Path(images or folder)
     try:
         records = list(read_records(path))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, json.JSONDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: none of the layouts that are known here ({error!r})") from error
-    return keep_usable(records, lambda record: parse_record(record, folder), path)
+    samples = keep_usable(records, lambda record: parse_record(record, folder), path)
+    if path.is_dir():
+        classes = {sample.turns[0][1] for sample in samples}
+        check(len(classes) > 1, f"{path}: all pictures are of one class, {classes}; give a folder "
+              "with a folder for each class, or a JSON or a table of captions")
+        for subfolder in path.iterdir():
+            if subfolder.is_dir() and subfolder.name[0] != "." and subfolder.name not in classes:
+                print(f"{path}: the class {subfolder.name!r} has no picture")
+    return samples
 
 
-def hold_out(samples, every=20):
-    """Split off the samples of every n-th picture: (those to train on, those to measure on)."""
-    pictures = [str(sample.images or sample.turns) for sample in samples]
-    different = list(dict.fromkeys(pictures))  # each picture once, in order
-    chosen = set(different[::every])
-    train = [sample for sample, picture in zip(samples, pictures) if picture not in chosen]
-    held_out = [sample for sample, picture in zip(samples, pictures) if picture in chosen]
-    check(len(train) > 0, "one picture is too little to train on and to measure on")
+def hold_out(samples):
+    """Split off a twentieth of all pictures, drawn at random, with all that is asked about them.
+    The draw is always the same: no stage trains on what another one holds out.
+    Returns (samples to train on, samples to measure on)."""
+    pictures = [sample.images or [str(sample.turns)] for sample in samples]
+    different = list(dict.fromkeys(picture for each in pictures for picture in each))
+    chosen = set(random.Random(0).sample(different, math.ceil(len(different) / 20)))
+    n_chosen = 0
+    while len(chosen) > n_chosen:  # a sample with several pictures takes its other ones along
+        n_chosen = len(chosen)
+        for each in pictures:
+            if not chosen.isdisjoint(each):
+                chosen.update(each)
+    train, held_out = [], []
+    for sample, each in zip(samples, pictures):
+        side = train if chosen.isdisjoint(each) else held_out
+        side.append(sample)
+    check(len(train) > 0, "there are too few pictures to hold some out: give --val")
     return train, held_out
 
 
@@ -625,26 +711,20 @@ def questions_of(samples):
     return list(questions.values())
 
 
-class Conversations(Dataset):
-    """Own samples as a stage takes them. Their pictures are opened when they are needed."""
-
-    def __init__(self, samples, stage=""):
-        # `vision` leaves out samples without a picture, `language` leaves out pictures.
-        self.samples = []
-        for sample in samples:
-            if stage == "language":
-                turns = [(text.replace("<image>", " "), answer) for text, answer in sample.turns]
-                sample = replace(sample, images=[], turns=turns)
-            if sample.images or stage != "vision":
-                self.samples.append(sample)
-        check(len(self.samples) > 0, f"there is no record with a picture, which {stage!r} needs")
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, i):
-        sample = self.samples[i]
-        return replace(sample, images=[read_image(path) for path in sample.images])
+def for_stage(samples, stage):
+    """Own samples as a stage takes them: `language` without pictures, `vision` those with one.
+    Raises ValueError when none is left."""
+    chosen = []
+    for sample in samples:
+        if stage == "language":
+            turns = [(text.replace("<image>", " "), answer) for text, answer in sample.turns]
+            sample = replace(sample, images=[], turns=turns)
+        if sample.images or stage != "vision":
+            chosen.append(sample)
+    check(len(chosen) > 0, f"there is no record with a picture, which {stage!r} needs")
+    if len(chosen) < len(samples):
+        print(f"{stage}: {len(samples) - len(chosen)} samples without a picture are left out")
+    return chosen
 
 
 # ---- Drawing ---------------------------------------------------------------------------------
@@ -686,15 +766,17 @@ def draw(things, size, rng):
 
 
 def contact_sheet(pictures, texts, columns=4, side=256):
-    """Pictures in a grid, each `side` pixels wide or high, with its text under it."""
+    """Pictures (or paths) in a grid, each `side` pixels wide or high, with its text under it."""
     texts = ["\n".join(textwrap.fill(line, side // 7) for line in text.split("\n"))
              for text in texts]
     height = side + 12 + 19 * max(text.count("\n") + 1 for text in texts)
     size = (columns * (side + 16), math.ceil(len(pictures) / columns) * height)
     sheet = Image.new("RGB", size, "white")
-    for i, (picture, text) in enumerate(zip(pictures, texts)):
+    for i, (picture, text) in enumerate(zip(map(read_image, pictures), texts)):
         x, y = i % columns * (side + 16) + 8, i // columns * height + 6
-        sheet.paste(ImageOps.contain(picture, (side, side), Image.Resampling.NEAREST), (x, y))
+        # A very wide picture is still a pixel high.
+        size = [max(1, round(side * length / max(picture.size))) for length in picture.size]
+        sheet.paste(picture.resize(size, Image.Resampling.NEAREST), (x, y))
         ImageDraw.Draw(sheet).text((x, y + side + 3), text, "black", ImageFont.load_default(13))
     return sheet
 
@@ -708,12 +790,11 @@ def draw_curves(losses, path):
         # Means of 4 or more: by default ITC and ITM add to each fourth loss.
         n = 4 * max(1, len(values) // 200)
         means = [np.mean(values[i:i + n]) for i in range(0, len(values), n)]
-        powers = np.log10(np.maximum(means, 1e-9))
-        low, high = math.floor(powers.min()), math.floor(powers.max()) + 1
-        ys = np.interp(powers, (low, high), (bottom, top))
+        low, high = max(min(means), 1e-9), max(means)
+        ys = np.interp(np.log(np.maximum(means, low)), np.log((low, high)), (bottom, top))
         canvas.line(list(zip(np.linspace(left, right, len(ys)), ys)), (45, 85, 215), 2)
-        canvas.text((left - 6, bottom), f"{10.0**low:g}", "black", font, "rm")
-        canvas.text((left - 6, top), f"{10.0**high:g}", "black", font, "rm")
+        canvas.text((left - 6, bottom), f"{low:.2g}", "black", font, "rm")
+        canvas.text((left - 6, top), f"{high:.2g}", "black", font, "rm")
         canvas.rectangle((left, top, right, bottom), outline="gray")
         title = f"{stage}: loss in nats, log scale, {len(values)} steps"
         canvas.text((left, 8), title, "black", font)
@@ -733,6 +814,9 @@ PRINTED |= {byte: chr(256 + i) for i, byte in enumerate(UNPRINTABLE)}
 BYTES = {letter: byte for byte, letter in PRINTED.items()}
 
 
+DOWNLOAD = "it is a pointer of git-LFS or not whole; download it again"
+
+
 @cache
 def compile_pattern(pattern):
     """A pattern for Python's `re`: the characters behind \\p{L}, \\p{N} and \\s as ranges."""
@@ -749,6 +833,14 @@ def compile_pattern(pattern):
         pattern = re.sub(r"\[[^\]]*\]", lambda inside: inside[0].replace(name, ranges), pattern)
         pattern = pattern.replace(name, f"[{ranges}]")
     return re.compile(pattern)
+
+
+def read_json(path):
+    """What a JSON file of a published folder holds. Raises FileNotFoundError, ValueError."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {DOWNLOAD}") from error
 
 
 class PublishedTokenizer(Tokenizer):
@@ -797,11 +889,15 @@ class PublishedTokenizer(Tokenizer):
     def load(cls, path):
         """Read a tokenizer.json. tokenizer_config.json beside it names start and end symbols.
         Raises FileNotFoundError, ValueError."""
-        names = json.loads(Path(path).with_name("tokenizer_config.json").read_text("utf-8"))
+        path = Path(path)
+        check(path.exists(), f"{path} is missing: download it, or let transformers write it, "
+              "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)")
+        content = read_json(path)
+        names = read_json(path.with_name("tokenizer_config.json"))
         symbols = [names.get(name) for name in ("bos_token", "eos_token")]
         symbols = [symbol["content"] if isinstance(symbol, dict) else symbol for symbol in symbols]
         try:
-            return cls(json.loads(Path(path).read_text("utf-8")), *symbols)
+            return cls(content, *symbols)
         except Exception as error:
             raise ValueError(f"{path}: not a tokenizer that is known here ({error!r})") from error
 
@@ -893,8 +989,8 @@ def read_folder(folder, families, names, blip2_defaults, *sections):
     families: the model_types that fit. names: see above. sections: parts of config.json to look in.
     Raises FileNotFoundError, or ValueError for another architecture."""
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    model_type = config["model_type"]
+    config = read_json(folder / "config.json")
+    model_type = config.get("model_type")
     check(model_type in families, f"{folder}: model_type {model_type!r} is not one of {families}")
     for section in sections:  # what it holds is then found at the top
         config |= config.get(section) or {}
@@ -902,17 +998,25 @@ def read_folder(folder, families, names, blip2_defaults, *sections):
     is_gpt = model_type in ("llama", "qwen2")
     known = {"hidden_act": ("silu",) if is_gpt else ("gelu", "quick_gelu"),
              "attention_bias": (False,), "use_sliding_window": (False,), "rope_type": ("default",),
-             "type": ("default",)}
+             "type": ("default",), "quantization_config": (None,)}
     for name, values in known.items():
         value = config.get(name, values[0])
-        check(value in values, f"{folder}: {name} {value!r} is not known here, only {values}")
+        check(value in values, f"{folder}: {name} {value!r} is not known here, only {values}: take "
+              "another version of this model, or another model")
+    paths = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    check(len(paths) > 0, f"{folder}: no weights, model*.safetensors or pytorch_model*.bin")
+    n_files = re.search(r"-of-(\d+)", paths[0].name)  # model-00001-of-00002.safetensors
+    check(not n_files or int(n_files[1]) == len(paths),
+          f"{folder} has {len(paths)} of the files {paths[0].name} and on: download the others")
     weights = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        weights |= read_safetensors(path)
-    if not weights:
-        for path in sorted(folder.glob("pytorch_model*.bin")):
-            weights |= torch.load(path, map_location="cpu", weights_only=True)
-    check(len(weights) > 0, f"{folder}: no weights, model*.safetensors or pytorch_model*.bin")
+    for path in paths:
+        try:
+            if path.suffix == ".safetensors":
+                weights |= read_safetensors(path)
+            else:
+                weights |= torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{path} cannot be read: {DOWNLOAD}") from error
     sizes = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
     if model_type.startswith("blip"):
         sizes = blip2_defaults | sizes

@@ -29,6 +29,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -576,13 +577,23 @@ def cast_frozen(model):
 
 def save_file(content, path):
     """`torch.save`, but the file appears whole or not at all, whenever the program is stopped."""
-    torch.save(content, f"{path}.part")
-    os.replace(f"{path}.part", path)
+    part = Path(f"{path}.part")
+    try:
+        torch.save(content, part)
+        os.replace(part, path)
+    except RuntimeError as error:  # torch's for a full disk
+        raise OSError(f"cannot write {path}: is the disk full?") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_file(path):
-    """What `save_file` wrote. Runs no code from the file."""
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    """What `save_file` wrote. Runs no code from the file. Raises FileNotFoundError, ValueError."""
+    with open(path, "rb") as file:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch would advise to run code from the file
+            raise ValueError(f"{path} is not a checkpoint, or not a whole one") from error
 
 
 def load_model(path):

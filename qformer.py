@@ -211,14 +211,17 @@ class QFormer(nn.Module):
     def similarity(self, queries, text):
         """How well image i fits text j: (B, B) cosines divided by the temperature.
         queries (B, Q, Dq) from `forward`. text (B, T) ids that begin with <s>."""
-        images = F.normalize(self.itc_image(queries), dim=-1)  # (B, Q, itc_dim)
         # What comes out at <s>, BERT's [CLS], sums the text up. Under "separate" text never sees
         # queries, so it runs without them.
         cls = self(text=text, mask_kind="separate")[:, 0]  # (B, Dq)
-        texts = F.normalize(self.itc_text(cls), dim=-1)  # (B, itc_dim)
-        cosines = torch.einsum("iqd,td->itq", images, texts)  # (B images, B texts, Q)
+        images, texts = self.itc_image(queries), self.itc_text(cls)
+        # In float32, also under autocast: the temperature magnifies each rounding error.
+        with torch.autocast(queries.device.type, enabled=False):
+            images = F.normalize(images.float(), dim=-1)  # (B, Q, itc_dim)
+            texts = F.normalize(texts.float(), dim=-1)  # (B, itc_dim)
+            cosines = torch.einsum("iqd,td->itq", images, texts)  # (B images, B texts, Q)
         # An image is scored by its best query.
-        return cosines.amax(dim=-1).float() / self.temperature.clamp(min=0.001)
+        return cosines.amax(dim=-1) / self.temperature.clamp(min=0.001)
 
     def itc_loss(self, similarity):
         """Image-text contrast in nats: pick the text of each image and the image of each text.

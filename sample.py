@@ -10,7 +10,7 @@ A checkpoint holds all that is needed: weights, settings, tokenizer. train.py en
 N images, H heads, Q queries, P patches and the class token, Dh head width.
 """
 import argparse
-import json
+import math
 import random
 import sys
 from collections import Counter, defaultdict
@@ -79,56 +79,74 @@ def answer(model, samples, collate):
     return answers
 
 
-def ask_all(model, samples, collate):
+def other_images(samples, i):
+    """The pictures of another sample, none of which is in sample i. None if there are none."""
+    own, n = samples[i].images, len(samples)
+    for step in range(n):  # from far away: neighbors may share a picture
+        images = samples[(i + n // 2 + step) % n].images
+        if len(images) == len(own) > 0 and not any(image in own for image in images):
+            return images
+    return None
+
+
+def comparable(text, sample):
+    """What an answer is compared by: without case and final full stop, as VQA's scorers do.
+    The name of a class counts as it is."""
+    if sample.question_type == "class":
+        return text
+    return text.lower().removesuffix(".")
+
+
+def ask_all(model, samples, collate, batch_size):
     """Ask the last question of each sample about its own picture, then about another's.
     Returns a record for each sample. "blind" is the answer about the picture of another sample,
     None where there is no other picture."""
-    n = len(samples)
     records = []
-    for start in range(0, n, 100):
-        numbers = range(start, min(start + 100, n))
+    for start in range(0, len(samples), batch_size):
+        numbers = range(start, min(start + batch_size, len(samples)))
         asked = [samples[i] for i in numbers]
         for sample, (text, loss) in zip(asked, answer(model, asked, collate)):
             references = sample.references or (sample.turns[-1][1],)
+            accepted = [comparable(text, sample) for text in references]
             records.append({"type": sample.question_type, "references": references,
                             "question": sample.turns[-1][0].replace("<image>", "").strip(),
-                            "answer": text, "loss": loss, "right": text in references,
+                            "answer": text, "loss": loss, "accepted": accepted,
+                            "right": comparable(text, sample) in accepted,
                             "blind": None, "blind_loss": None, "blind_right": None})
         blind = {}
         for i, sample in zip(numbers, asked):
-            images = samples[(i + n // 2) % n].images  # far away: neighbors may share a picture
-            if len(images) == len(sample.images) and images != sample.images:
+            images = other_images(samples, i)
+            if images:
                 blind[i] = replace(sample, images=images)
         if blind:
             for i, (text, loss) in zip(blind, answer(model, list(blind.values()), collate)):
-                is_right = text in records[i]["references"]
+                is_right = comparable(text, samples[i]) in records[i]["accepted"]
                 records[i] |= {"blind": text, "blind_loss": loss, "blind_right": is_right}
     return records
 
 
-def evaluate(model, tests, collate, out):
-    """Ask all questions of `tests`, which are named after their metric. Returns the metrics.
+def evaluate(model, tests, collate, batch_size):
+    """Ask all questions of `tests`, which are named after their metric. Prints a table.
+    Returns (metrics, each question with its answers, (pictures, texts) of the first ones).
 
-    right: the share of answers that equal one of the right ones exactly. blind: the same when the
-    model sees the picture of another question. floor: the same of the most frequent right answer to
-    this type of question. Guessing gets half of all yes or no questions: only right - blind comes
-    from the picture. Long answers are seldom right to the word: for them compare the losses.
-
-    Prints a table. Writes each question with its answers to answers.json, for any public scorer,
-    and draws the first ones to samples.png.
+    right: the share of answers that equal one of the right ones (see `comparable`). blind: the same
+    when the model sees the picture of another question. floor: the same of the most frequent right
+    answer to this type of question. Guessing gets half of all yes or no questions: only right -
+    blind comes from the picture. Long answers are seldom right to the word: for them compare the
+    losses.
     """
     model.eval()
     metrics, everything, pictures, texts = {}, [], [], []
     for name, samples in tests.items():
-        records = ask_all(model, samples, collate)
+        records = ask_all(model, samples, collate, batch_size)
         groups = defaultdict(list)
         for record in records:
             groups[record["type"]].append(record)
         for group in groups.values():
-            counts = Counter(text for record in group for text in record["references"])
+            counts = Counter(text for record in group for text in record["accepted"])
             floor = counts.most_common(1)[0][0]
             for record in group:
-                record |= {"test": name, "floor_right": floor in record["references"]}
+                record |= {"test": name, "floor_right": floor in record["accepted"]}
         table = metrics[f"{name}_by_type"] = {}
         print(f"\n{name:20} questions    right    blind    floor     loss  blind loss")
         for question_type, group in [*sorted(groups.items()), ("all", records)]:
@@ -145,13 +163,42 @@ def evaluate(model, tests, collate, out):
             verdict = "right" if record["right"] else f"it is {record['references'][0][:60]}"
             pictures += samples[i].images[:1] or [Image.new("RGB", (8, 8))]
             texts.append(f"{record['question'][:100]}\n{record['answer'][:60]}  ({verdict})")
-    (out / "answers.json").write_text(json.dumps(everything, indent=1))
-    if pictures:
-        contact_sheet(pictures, texts).save(out / "samples.png")
-    return metrics
+    return metrics, everything, (pictures, texts)
 
 
 # ---- Your question ---------------------------------------------------------------------------
+def latest(turns, images, collate, room):
+    """A conversation about images, without its oldest turns if it would take over `room` tokens."""
+    for start in range(len(turns)):
+        (question, answer), *rest = turns[start:]
+        # All pictures come with the first question.
+        sample = Sample(images, [("<image> " * len(images) + question, answer), *rest])
+        ids, _ = encode_turns(collate.tokenizer, sample.turns, collate.n_image_tokens)
+        if len(ids) <= room:
+            break
+    return sample
+
+
+def at_least(least, number=int):
+    """A type for argparse: a finite number, not below `least`."""
+    def parse(text):
+        value = number(text)
+        check(least <= value < math.inf, "argparse says what is wrong")
+        return value
+
+    parse.__name__ = f"{number.__name__} (at least {least})"  # what argparse says
+    return parse
+
+
+def find_device(name):
+    """The device of this name. Raises ValueError when this machine has none."""
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception as error:
+        raise ValueError(f"--device {name}: this machine has no such device") from error
+    return torch.device(name)
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Ask a trained model about a picture.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -161,9 +208,9 @@ def parse_arguments():
     add("--prompt", default=DESCRIBE[0], help="the question")
     add("--chat", action="store_true", help="ask several questions, one a line, until Ctrl-D")
     add("--attention", action="store_true", help="draw what each query reads of the first picture")
-    add("--temperature", type=float, default=0.0, help="0: always the likeliest token")
-    add("--top-k", type=int, default=0, help="draw from the k likeliest tokens only; 0: from all")
-    add("--max-new-tokens", type=int, default=100, help="longest answer")
+    add("--temperature", type=at_least(0, float), default=0.0, help="0: always the likeliest token")
+    add("--top-k", type=at_least(0), default=0, help="draw from the k likeliest; 0: from all")
+    add("--max-new-tokens", type=at_least(1), default=100, help="longest answer")
     add("--seed", type=int, help="for the scene and for drawing tokens")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--out", type=Path, default=Path("out"), help="the folder train.py wrote to")
@@ -172,8 +219,9 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
+    device = find_device(args.device)
     model, checkpoint = load_model(args.out / "instruct.pt")
-    model.to(args.device).eval()
+    model.to(device).eval()
     collate = collate_for(model, tokenizer_from(checkpoint["tokenizer"]))
     images = [read_image(path) for path in args.image]
     if not images:  # draw a scene of the kind that the model was trained on
@@ -181,13 +229,13 @@ def main():
         check(not run["data"], "give --image: this model was trained on your own pictures")
         rng = random.Random(args.seed)
         spec = SceneSpec(run["vit"]["image_size"][0], **run["scenes"])
-        images = [draw(random_things(spec, rng), spec.image_size, rng)]
+        images = [draw(random_things(spec, rng, "test"), spec.image_size, rng)]
         images[0].resize((384, 384), Image.Resampling.NEAREST).save(args.out / "scene.png")
         print(f"drew {args.out / 'scene.png'}")
     if args.attention:
         check(model.config.connector == "qformer", "this model has no Q-Former")
         draw_attention(model, images[0], args.out / "attention.png")
-    generator = torch.Generator(args.device)
+    generator = torch.Generator(device)
     generator.manual_seed(random.randrange(2**32) if args.seed is None else args.seed)
     turns = []
     questions = iter(lambda: input("you: "), None) if args.chat else [args.prompt]
@@ -195,12 +243,11 @@ def main():
         question = question.replace("<image>", " ")
         if not args.chat:
             print(f"you: {question}")
-        if not turns:  # all pictures come with the first question
-            question = "<image> " * len(images) + question
         print("model: ", end="")
+        room = model.config.max_len - args.max_new_tokens
+        sample = latest([*turns, (question, None)], images, collate, room)
         pieces = []
-        for piece in stream(model, collate, Sample(images, [*turns, (question, None)]),
-                            args.max_new_tokens, generator=generator,
+        for piece in stream(model, collate, sample, args.max_new_tokens, generator=generator,
                             temperature=args.temperature, top_k=args.top_k):
             print(piece, end="", flush=True)
             pieces.append(piece)

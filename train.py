@@ -35,16 +35,16 @@ from statistics import mean
 
 import torch
 from torch import distributed, nn
-from torch.utils.data import DataLoader, RandomSampler, Subset
+from torch.utils.data import DataLoader, RandomSampler
 from tqdm import tqdm
 
-from data import (CLIP_PIXELS, Conversations, PublishedTokenizer, Scenes, SceneSpec, Tokenizer,
-                  check, draw_curves, encode_turns, hold_out, keep_usable, published_gpt,
-                  published_qformer, published_vit, questions_of, read_own_data, texts_of,
-                  tokenizer_from)
+from data import (CLIP_PIXELS, PublishedTokenizer, Scenes, SceneSpec, Tokenizer, check,
+                  contact_sheet, draw_curves, encode_turns, for_stage, hold_out, keep_usable,
+                  published_gpt, published_qformer, published_vit, questions_of, read_own_data,
+                  texts_of, tokenizer_from)
 from model import (CONNECTORS, MLLM, PARTS, PATCHES_PER_TOKEN, ModelConfig, cast_frozen, load_file,
                    load_model, part_of, resize_positions, save_file)
-from sample import collate_for, evaluate
+from sample import at_least, collate_for, evaluate, find_device
 
 # ---- Recipes and settings --------------------------------------------------------------------
 STAGES = ("language", "vision", "align", "instruct")
@@ -100,7 +100,7 @@ class Config:
     augment: bool = False                # move and flip own pictures in training
     language_turns: int = 2              # questions about each description
     instruct_turns: int = 3              # questions about each picture
-    language_samples: int = 36_000       # length of the stage
+    language_samples: int = 48_000       # length of the stage
     vision_samples: int = 32_000         # length of the stage
     align_samples: int = 6_400           # length of the stage
     instruct_samples: int = 28_800       # length of the stage
@@ -269,7 +269,6 @@ def make_optimizers(model, config, stage):
     if adamw_groups:
         optimizers.append(torch.optim.AdamW(adamw_groups.values(), betas=(0.9, 0.95),
                                             weight_decay=0.0, fused=True))
-    check(len(optimizers) > 0, f"nothing is trainable in {stage!r}")
     return optimizers
 
 
@@ -330,11 +329,10 @@ def train_stage(model, stage, dataset, collate, config, out, state=None):
 
 
 # ---- The chain of stages ---------------------------------------------------------------------
-def run_stage(stage, dataset, tokenizer, config, out, device, state):
-    """Train one stage and write its weights."""
-    model, trained = init_model(config, stage, tokenizer, out)
+def run_stage(model, trained, stage, dataset, tokenizer, config, out, state):
+    """Train one stage and write its weights. trained: the parts that were trained before."""
     scales = lr_scales(config, stage)
-    model.to(device).train_only(scales)
+    model.train_only(scales)
     if config.half_frozen and stage not in PRETRAINING:
         cast_frozen(model)
     if state:
@@ -358,12 +356,13 @@ def run_stage(stage, dataset, tokenizer, config, out, device, state):
 
 
 def report(stages, tests, config, out, device):
-    """Evaluate the model, draw the curves of its stages, write metrics.json."""
+    """Evaluate the model and write metrics.json, answers.json and pictures. stages: those of a
+    training run, whose curves are drawn; none when a finished model is asked about other data."""
     start = time.time()
     model, checkpoint = load_model(out / "instruct.pt")
     collate = collate_for(model.to(device), tokenizer_from(checkpoint["tokenizer"]))
     with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-        metrics = evaluate(model, tests, collate, out)
+        metrics, answers, (pictures, texts) = evaluate(model, tests, collate, config.batch_size)
     seconds, losses, ends = {"evaluate": time.time() - start}, {}, {}
     for stage in stages:
         if (out / f"{stage}.pt").exists():
@@ -373,19 +372,31 @@ def report(stages, tests, config, out, device):
             ends[stage] = mean(losses[stage][-40:])
     metrics |= {"seconds": sum(seconds.values()), "seconds_by_stage": seconds, "loss_at_end": ends,
                 "config": asdict(config)}
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2))
-    draw_curves(losses, out / "curves.png")
-    (out / "resume.pt").unlink(missing_ok=True)  # there is nothing left to resume
-    print(f"\n{metrics['seconds']:.0f} s; {out}/ has metrics.json, answers.json, curves.png and "
-          f"samples.png. Try: python sample.py --out {out}")
+    # Numbers first: a picture that cannot be drawn does not cost them.
+    names = RESULTS if stages else EVALUATION
+    for name, content in zip(names, (metrics, answers)):
+        (out / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
+    if pictures:
+        contact_sheet(pictures, texts).save(out / names[2])
+    if losses:
+        draw_curves(losses, out / "curves.png")
+    print(f"\n{metrics['seconds']:.0f} s; {out}/ has {', '.join(names)}")
+    if stages:
+        print(f"Try: python sample.py --out {out}", end="")
+        for path in tests["qa_accuracy"][0].images if config.data else []:
+            print(f" --image '{path}'", end="")
+        print()
 
 
 def main():
     arguments = parse_arguments()
     out = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
-    device = join_processes(torch.device(arguments.device))
-    state = load_file(out / "resume.pt") if arguments.resume else None
+    device = join_processes(arguments.device)
+    state = None
+    if arguments.resume:
+        check((out / "resume.pt").exists(),
+              f"nothing to resume in {out}: its run is finished, or none was begun")
+        state = load_file(out / "resume.pt")
     config, earlier = settings(arguments, state)
     stages = needed = needed_stages(config)
     if state:
@@ -393,16 +404,11 @@ def main():
     elif arguments.stage:
         stages = [arguments.stage]
         check({*stages} <= {*needed, "evaluate"}, f"{stages} is not needed: weights are given")
-    own_train, own_test = [], []
-    if config.data:
-        own_train = read_own_data(config.data, config.images)
-        if config.val:
-            own_test = read_own_data(config.val, config.images)
-        else:
-            own_train, own_test = hold_out(own_train)
+    is_training = stages != ["evaluate"]
+    own_train, own_test = own_samples(config, is_training)
     data, tests = scene_sets(config)
-    if state or earlier:  # the tokenizer belongs to the weights
-        tokenizer = tokenizer_from((state or earlier)["tokenizer"])
+    if earlier:  # the tokenizer belongs to the weights
+        tokenizer = tokenizer_from(earlier["tokenizer"])
     elif config.llm_folder:
         tokenizer = PublishedTokenizer.load(Path(config.llm_folder) / "tokenizer.json")
         check(tokenizer.pad_id <= config.decoder["vocab_size"], "tokenizer of another model")
@@ -413,13 +419,19 @@ def main():
         models = [MLLM(model_config(config, stage, tokenizer)) for stage in (*needed, "instruct")]
     check(models[-1].n_image_tokens + 64 < config.max_len, "--max-len leaves no room for text")
     if config.data:
-        data, tests = own_sets(config, own_train, own_test, collate_for(models[-1], tokenizer))
-    for stage in stages:
-        if stage != "evaluate":
-            run_stage(stage, data[stage], tokenizer, config, out, device, state)
-            state = None
-    if stages[-1] in ("instruct", "evaluate") and rank_and_world()[0] == 0:
-        report(needed, tests, config, out, device)
+        collate = collate_for(models[-1], tokenizer)
+        data, tests = own_sets(config, stages, own_train, own_test, collate)
+    for stage in stages if is_training else []:
+        model, trained = init_model(config, stage, tokenizer, out)
+        if stage == stages[0] and not state and rank_and_world()[0] == 0:  # nothing has failed
+            set_aside(out, STAGES[STAGES.index(stage):] if arguments.stage else STAGES)
+        run_stage(model.to(device), trained, stage, data[stage], tokenizer, config, out, state)
+        state = None
+    if rank_and_world()[0] == 0:
+        if stages[-1] in ("instruct", "evaluate"):
+            report(needed if is_training else [], tests, config, out, device)
+        if is_training:
+            (out / "resume.pt").unlink(missing_ok=True)  # nothing is left to resume
 
 
 # You have read how training goes. What follows are the functions that it calls: how a stage gets
@@ -462,10 +474,7 @@ def published_parts(config):
 
 
 # The field of `Config` with the sizes of a part.
-SIZES_OF = {"vit": "vit", "connector": "qformer", "decoder": "decoder"}
-# Sizes that may change after the part was trained.
-CHANGEABLE = {"image_size", "drop_path_rate", "use_grad_checkpoint", "dropout", "lora_dropout", "r",
-              "alpha"}
+SIZES_OF = {"vit": "vit", "connector": "qformer", "projector": "projector", "decoder": "decoder"}
 
 
 def starting_weights(config, stage, out):
@@ -483,12 +492,11 @@ def starting_weights(config, stage, out):
     path = out / f"{stages[stages.index(stage) - 1]}.pt"
     saved = load_file(path)
     trained = set(saved["trained"])
-    for field in ("scenes", *(SIZES_OF[part] for part in trained & SIZES_OF.keys())):
-        old, new = saved["run"][field], getattr(config, field)
-        changed = [key for key in old if old[key] != new.get(key) and key not in CHANGEABLE]
-        check(not changed, f"{path} was trained with other {field} settings: {changed}")
-    check("projector" not in trained or saved["config"]["connector"] == connector_of(config),
-          f"{path} has a projector for another connector: run 'align' again first")
+    for part, setting, new in (("projector", "connector", connector_of(config)),
+                               ("adapters", "lora_on", RECIPES[config.recipe]["lora_on"])):
+        old = saved["config"][setting]
+        check(part not in trained or new == old,
+              f"{path} was trained with {setting} {old!r}, not {new!r}: run 'align' again first")
     weights = {name: tensor for name, tensor in saved["model"].items() if part_of(name) in trained}
     return weights, trained, saved["config"]["vit"]["image_size"]
 
@@ -524,6 +532,27 @@ def init_model(config, stage, tokenizer, out):
     return model, trained
 
 
+# What a training run leaves, and what `--stage evaluate` leaves.
+RESULTS = ("metrics.json", "answers.json", "samples.png", "curves.png")
+EVALUATION = ("evaluation.json", "evaluation_answers.json", "evaluation_samples.png")
+
+
+def set_aside(out, stages):
+    """Move what an earlier run left of these stages to out/previous, so that runs do not mix.
+    What was in there is deleted: one step back."""
+    names = [*(f"{stage}.pt" for stage in stages), "resume.pt", *RESULTS, *EVALUATION]
+    old = [name for name in names if (out / name).exists()]
+    previous = out / "previous"
+    out.mkdir(parents=True, exist_ok=True)
+    if old:
+        previous.mkdir(exist_ok=True)
+        for name in (*(f"{stage}.pt" for stage in STAGES), *names):
+            (previous / name).unlink(missing_ok=True)
+        for name in old:
+            (out / name).rename(previous / name)
+        print(f"{out} holds an earlier run: what this one replaces is now in {previous}")
+
+
 # ---- What a stage is trained on --------------------------------------------------------------
 def scene_sets(config):
     """({stage: its scenes}, {metric: the scenes that the model is asked about in the end})."""
@@ -540,21 +569,38 @@ def scene_sets(config):
     return train, tests
 
 
-def own_sets(config, train, test, collate):
+def own_samples(config, is_training):
+    """(your samples to train on, to measure on). Empty for scenes."""
+    train, test = [], []
+    if config.data and (is_training or not config.val):
+        train = read_own_data(config.data, config.images)
+    if config.val:
+        test = read_own_data(config.val, config.images)
+    elif config.data:
+        train, test = hold_out(train)
+    return train, test
+
+
+def own_sets(config, stages, train, test, collate):
     """({stage: your samples}, {metric: your questions}), without those that are too long."""
     def fits(sample):
         ids, _ = encode_turns(collate.tokenizer, sample.turns, collate.n_image_tokens)
-        check(len(ids) <= config.max_len, f"{len(ids)} tokens, over --max-len")
+        start = sample.turns[0][0][:40]
+        check(len(ids) <= config.max_len, f"{len(ids)} tokens, over --max-len: {start!r}")
         return sample
 
-    train = keep_usable(train, fits, config.data)
-    test = keep_usable(questions_of(test), fits, config.val or config.data)
+    sets = {}
+    if train:  # none where a model is only evaluated
+        train = keep_usable(train, fits, config.data, "sample")
+        sets = {stage: for_stage(train, stage) for stage in stages}
+    test = keep_usable(questions_of(test), fits, config.val or config.data, "question")
+    known = {picture for sample in train for picture in sample.images}
+    n_known = len({picture for sample in test for picture in sample.images} & known)
+    if n_known:
+        print(f"{n_known} pictures of --val are in --data, too: answers about them prove little")
     # Drawn from all of it: many files are sorted by their answers.
     n = min(config.eval_samples, len(test))
-    chosen = random.Random(config.seed).sample(range(len(test)), n)
-    stages = needed_stages(config)
-    return ({stage: Conversations(train, stage) for stage in stages},
-            {"qa_accuracy": Subset(Conversations(test), chosen)})
+    return sets, {"qa_accuracy": random.Random(config.seed).sample(test, n)}
 
 
 def make_batches(config, stage, dataset, collate, first_step=0):
@@ -628,17 +674,17 @@ def rank_and_world():
 
 
 def join_processes(device):
-    """Meet the other processes. Only the first one prints. Returns this one's device."""
-    check(device.type != "cuda" or torch.cuda.is_available(), "there is no CUDA device")
+    """Meet the other processes. Only the first one prints. Returns the device of this one: with
+    CUDA its own. Raises ValueError when there is none."""
     rank, world = rank_and_world()
     if world > 1:
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
         if rank > 0:
             sys.stdout = open(os.devnull, "w")
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.startswith("cuda"):
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
-    return device
+    return find_device(device)
 
 
 def average_gradients(parameters):
@@ -663,6 +709,9 @@ def flat(config):
     return values
 
 
+ZERO_IS_FINE = ("vit_drop_last", "projector.hidden_dim", "workers", "seed")
+
+
 def parse_arguments(words=None):
     parser = argparse.ArgumentParser(description="Train a multimodal language model.",
                                      allow_abbrev=False)
@@ -679,45 +728,82 @@ def parse_arguments(words=None):
         if isinstance(value, bool):
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(value, tuple):
-            options |= {"type": int, "nargs": 2, "metavar": ("HEIGHT", "WIDTH")}
-        else:
+            options |= {"type": at_least(1), "nargs": 2, "metavar": ("HEIGHT", "WIDTH")}
+        elif isinstance(value, str):
             choices = {"recipe": RECIPES, "connector": CONNECTORS}
-            options |= {"type": type(value), "choices": choices.get(name)}
+            options["choices"] = choices.get(name)
+        else:
+            least = 0 if isinstance(value, float) or name in ZERO_IS_FINE else 1
+            options["type"] = at_least(least, type(value))
         add("--" + name.replace("_", "-"), **options)
     return parser.parse_args(words)
+
+
+def is_fixed(name, trained):
+    """Whether a setting cannot change any more, once these parts of a model are trained."""
+    field, _, key = name.partition(".")
+    if key in ("r", "alpha"):
+        return "adapters" in trained
+    if key in ("image_size", "drop_path_rate", "use_grad_checkpoint", "dropout", "lora_dropout"):
+        return False
+    return (field in [SIZES_OF[part] for part in trained if part in SIZES_OF]
+            or field in ("scenes", "vocab_size", "vit_drop_last") or field.endswith("_folder"))
 
 
 def settings(arguments, state):
     """(the settings of a run, the checkpoint that it starts from or None).
     Start from the preset, or from the previous stage's checkpoint; then apply the flags."""
-    if state:
-        return Config(**state["run"]), None
     config = PRESETS[arguments.preset or ("gpu" if "cuda" in arguments.device else "cpu")]
-    earlier = None
+    earlier = state
     for stage in (*STAGES, "evaluate"):
         if not arguments.stage or stage == arguments.stage:
             break
         if (arguments.out / f"{stage}.pt").exists():
             earlier = load_file(arguments.out / f"{stage}.pt")
-    if earlier and not arguments.preset:
+    if earlier:
         config = Config(**earlier["run"])
+        check(not arguments.preset and not (state and arguments.stage),
+              "--preset is for a new run, and --resume goes on to its end without --stage")
     flags = {name: value for name, value in vars(arguments).items() if name in flat(CPU)}
     if "vit.image_size" in flags:
         flags["vit.image_size"] = tuple(flags["vit.image_size"])
+    if arguments.stage == "evaluate" and {"data", "val"} & flags.keys():  # asks about all of it
+        flags = {"eval_samples": sys.maxsize} | flags
+        flags["data"] = flags["val"] = flags.get("val") or flags["data"]
+    if "data" in flags and not state:  # these belong to other data
+        flags = {"val": "", "images": ""} | flags
     for name, value in flags.items():
         field, _, key = name.partition(".")
         if key:
             value = getattr(config, field) | {key: value}
         config = replace(config, **{field: value})
-    if not earlier or arguments.preset:
-        for part, (sizes, _) in published_parts(config).items():
-            if part == "vit":  # its positions can be interpolated
-                sizes["image_size"] = flags.get("vit.image_size", sizes["image_size"])
-            sizes = getattr(config, SIZES_OF[part]) | sizes
-            config = replace(config, **{SIZES_OF[part]: sizes})
-    for name, value in asdict(config).items():
-        if name.endswith(("_samples", "_turns", "_every", "batch_size")):
-            check(value > 0, f"{name} must be at least 1, got {value}")
+    if earlier:
+        old, new = flat(Config(**earlier["run"])), flat(config)
+        changed = [name.replace("_", "-") for name in old if old[name] != new[name]
+                   and (state or is_fixed(name, earlier["trained"]))]
+        check(not changed, f"the run in {arguments.out} was begun with other settings: leave out "
+              f"{changed}, or begin a new run")
+    else:
+        config = with_published_sizes(config, flags)
+    check_settings(config)
+    return config, earlier
+
+
+def with_published_sizes(config, flags):
+    """The settings with the sizes of published parts. Raises ValueError for flags that differ."""
+    for part, (sizes, _) in published_parts(config).items():
+        field = SIZES_OF[part]
+        if part == "vit":  # its positions can be interpolated
+            sizes["image_size"] = flags.get("vit.image_size", sizes["image_size"])
+        for key, value in sizes.items():
+            given = flags.get(f"{field}.{key}", value)
+            check(given == value, f"--{field}.{key} {given}: the published weights have {value}")
+        config = replace(config, **{field: getattr(config, field) | sizes})
+    return config
+
+
+def check_settings(config):
+    """Raise ValueError for settings that contradict each other."""
     world = rank_and_world()[1]
     check(config.batch_size % world == 0, "--batch-size must divide by the number of processes")
     check(config.batch_size > world or not config.itm_weight or "vision" not in
@@ -728,13 +814,16 @@ def settings(arguments, state):
     check(bool(config.vit_folder) or not config.qformer_folder,
           "BLIP-2's Q-Former needs the features of its own ViT: give --vit-folder, too")
     check(config.bf16 or not config.half_frozen, "--half-frozen needs --bf16")
-    return config, earlier
 
 
 if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}")
+        # An error in a worker brings its traceback along, which ends in our own sentence.
+        sentence = str(error).split("\nValueError: ")[-1].strip()
+        sys.exit(f"train.py: {sentence}")
     except KeyboardInterrupt:
-        sys.exit("train.py: stopped; --resume goes on from the last saved state")
+        saved = parse_arguments().out / "resume.pt"
+        hint = f"--resume goes on from {saved}" if saved.exists() else "nothing was saved yet"
+        sys.exit(f"train.py: stopped; {hint}")

@@ -63,11 +63,13 @@ def run(options, name, stages, flags, start=None):
     for stage in stages:
         command = [sys.executable, str(ROOT / "train.py"), f"--out={folder}", f"--stage={stage}",
                    *options.flags, *flags.split()]
-        done = folder / f"{stage}.done"
-        if not done.exists() or done.read_text(encoding="utf-8") != " ".join(command):
-            with open(folder / "log.txt", "a") as log:
+        done, text = folder / f"{stage}.done", " ".join(command + options.preset)
+        if stage == "language":  # later stages take the settings from its checkpoint
+            command += options.preset
+        if not done.exists() or done.read_text(encoding="utf-8") != text:
+            with open(folder / "log.txt", "a", encoding="utf-8") as log:
                 subprocess.run(command, stdout=log, stderr=log, env=os.environ | cores, check=True)
-            done.write_text(" ".join(command), encoding="utf-8")
+            done.write_text(text, encoding="utf-8")
     return folder
 
 
@@ -181,8 +183,10 @@ def main():
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--out", type=Path, default=Path("out/ablate"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
+    parser.add_argument("--preset", choices=train.PRESETS, help="all settings at once, as train.py")
     options, options.flags = parser.parse_known_args()
-    config, _ = train.settings(train.parse_arguments(options.flags), None)
+    options.preset = [f"--preset={options.preset}"] if options.preset else []
+    config, _ = train.settings(train.parse_arguments(options.preset + options.flags), None)
     for stage in ("align", "instruct"):
         options.flags.append(f"--{stage}-samples={getattr(config, f'{stage}_samples') // 2}")
     columns, runs = TABLES[options.table]

@@ -61,7 +61,7 @@ def measure(config, is_plain):
     torch.manual_seed(config.seed)
     model = MLLM(train.model_config(config, "vision", tokenizer))
     collate = collate_for(model, tokenizer)
-    data, tests = train.own_sets(config, own_train, own_test, collate)
+    data, tests = train.own_sets(config, ["vision"], own_train, own_test, collate)
     classes = collate.pairs([Sample([], [(f"<image> {CLASS}", name)]) for name in names])
     loss = train.vision_loss
     if is_plain:

@@ -2,15 +2,18 @@
 import json
 import random
 import re
+from collections import Counter
+from itertools import product
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data import (CAPTION, COLORS, DESCRIBE, GPT2, MARKS, QUESTION_TYPES, Collate, Conversations,
-                  Sample, Scenes, SceneSpec, Thing, Tokenizer, ask_any, caption, clean_caption,
-                  compile_pattern, describe, draw, encode_turns, hold_out, main, questions_of,
-                  random_things, read_image, read_own_data, texts_of, to_pixels, tokenizer_from)
+from data import (CAPTION, COLORS, DESCRIBE, MARKS, QUESTION_TYPES, SHAPES, SIZES, Collate, Sample,
+                  Scenes, SceneSpec, Thing, Tokenizer, ask_any, caption, clean_caption,
+                  contact_sheet, describe, draw, encode_turns, for_stage, hold_out, is_reserved,
+                  merge_pair, questions_of, random_things, read_image, read_own_data, texts_of,
+                  to_pixels, tokenizer_from)
 
 BYTES = Tokenizer()  # no merges: one id for each byte
 FIRST = len(MARKS) + 256  # id of the first merge
@@ -33,20 +36,32 @@ def test_any_text_comes_back_exactly_and_broken_utf8_as_a_sign():
     assert BYTES.decode([*byte_ids("é")[:1], FIRST, 4]) == "\ufffd###"  # without unknown ids
 
 
-def test_words_are_letters_numbers_signs_or_spaces_to_unicode():
-    words = ["\u00e9\u5b57", "\u0903", "\u0663\u2167\u00b2", " ", " \x1c", "\x85", "\u2003", "a"]
-    assert compile_pattern(GPT2).findall("".join(words)) == words
-
-
 def test_merges_equal_those_worked_by_hand():
     # Words "ab", " ab", " abc": (a, b) occurs 3 times, then (space, ab) twice, then nothing twice.
     tokenizer, (a, b, c, d, space) = Tokenizer.train(["ab ab abc"], 10_000), byte_ids("abcd ")
     assert tokenizer.merges == {(a, b): (0, FIRST), (space, FIRST): (1, FIRST + 1)}
     assert tokenizer.encode("ab abd ac") == [FIRST, FIRST + 1, d, space, a, c]
-    one = Tokenizer.train(["abc", "abc"], FIRST + 1)  # of equals, the pair of the highest ids
-    assert one.merges == {(b, c): (0, FIRST)} and one.vocab_size == FIRST + 1
     assert Tokenizer([(b, c), (a, b), (a, FIRST)]).encode("abcab") == [FIRST + 2, FIRST + 1]
     assert tokenizer_from(json.loads(json.dumps(tokenizer.state))).merges == tokenizer.merges
+
+
+def test_merges_equal_those_of_a_slow_reference_that_counts_all_pairs_each_time():
+    text, merges = "".join(random.Random(0).choices("aab c", k=3000)), []  # "aaa" overlaps
+    words = [BYTES.smallest_parts(word) for word in BYTES.split(text)]
+    while True:
+        pairs = Counter(pair for ids in words for pair in zip(ids, ids[1:]))
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        if pairs[best] < 2:
+            break
+        words = [merge_pair(ids, best, FIRST + len(merges)) for ids in words]
+        merges.append(best)
+    for n in (10, 10_000):  # at most so many
+        assert [*Tokenizer.train([text], FIRST + n).merges] == merges[:n] and len(merges) > 100
+
+
+def test_a_tokenizer_is_trained_on_samples_drawn_from_all_of_them():
+    samples = [Sample([], [("<image>", str(i // 100))]) for i in range(1000)]  # sorted by class
+    assert {*texts_of(samples, 200)} == {f" {i}" for i in range(10)}
 
 
 SPEC = SceneSpec(image_size=12)  # small pictures are drawn fast
@@ -88,6 +103,7 @@ def test_every_answer_is_right_and_only_unseen_scenes_hold_an_unseen_pair(spec, 
     for things, rng in map(scenes.things, range(2000)):
         names, cells = {thing.name for thing in things}, {thing.place for thing in things}
         assert len(names) == len(cells) == len(things) and len(names & UNSEEN) == n
+        assert is_reserved(things) == (split != "train")
         question_type, question, answer = ask_any(things, spec, rng)
         assert slow_answer(things, question) == answer, (things, question, answer)
         assert not n or question_type not in ("size", "where") or any(map(question.count, UNSEEN))
@@ -98,11 +114,18 @@ def test_every_answer_is_right_and_only_unseen_scenes_hold_an_unseen_pair(spec, 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_no_training_text_names_an_unseen_pair(task):
-    assert {name.split()[1] for name in UNSEEN} == {"circle", "square", "triangle", "star"}
     for split in ("train", "test"):
         texts = " ".join(texts_of(Scenes(SPEC, task, 400, split))).lower()
         assert not [name for name in (*UNSEEN, "<image>") if name in texts]
         assert all(" ".join(pair) in texts for pair in SPEC.training_pairs)
+
+
+def test_one_arrangement_in_ten_is_kept_for_tests_on_every_machine():
+    things = [Thing(*facts) for facts in product(COLORS, SHAPES, SIZES, range(3), range(3))]
+    kept = [is_reserved(two) for two in product(things, things[::20])]
+    assert np.mean(kept) == pytest.approx(0.1, abs=0.01)
+    # CRC-32 of "At the top is a large red circle." is 49274970; small: 3920387337.
+    assert [is_reserved([Thing("red", "circle", size, 0, 1)]) for size in SIZES] == [False, True]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -115,7 +138,7 @@ def test_the_same_number_gives_the_same_picture_and_text(task):
 def test_the_picture_shows_each_thing_at_its_place_and_nothing_elsewhere():
     rng = random.Random(0)
     for _ in range(100):
-        things = random_things(WIDE, rng, unseen=rng.random() < 0.5)
+        things = random_things(WIDE, rng, rng.choice(("train", "unseen")))
         pixels = np.asarray(draw(things, 96, rng), dtype=int)
         things = {(thing.row, thing.column): thing for thing in things}
         for row, column in np.ndindex(3, 3):
@@ -140,10 +163,8 @@ def test_the_picture_shows_size_and_shape(shape, covered, middle):
     assert 22 < widths["large"] == pytest.approx(widths["small"] * 0.46 / 0.30, rel=0.15)
 
 
-def test_descriptions_and_captions_are_those_written_by_hand():
+def test_captions_are_those_written_by_hand():
     things = [Thing("red", "circle", "large", 0, 1), Thing("blue", "star", "small", 2, 0)]
-    assert describe(things) == ("At the top is a large red circle. "
-                                "At the bottom left is a small blue star.")
     reds = ("a red circle", "a large red circle", "a red circle at the top")
     blues = ("a blue star", "a small blue star", "a blue star at the bottom left")
     expected = {f"{one} and {two}.".capitalize() for red in reds for blue in blues
@@ -176,7 +197,7 @@ def write(folder, *records):
     """A data file in folder with small pictures beside it; red.png is red, and so on."""
     RED.save(folder / "red.png")
     BLUE.save(folder / "blue.png")
-    (folder / "my.json").write_text(json.dumps(records))
+    (folder / "my.json").write_text(json.dumps(records), encoding="utf-8")
     return folder / "my.json"
 
 
@@ -199,16 +220,26 @@ MISTAKES = [
     *((record("<image>", "a", image=name), f".*{name}") for name in ("gone.png", "my.json"))]
 
 
-def test_records_with_one_image_several_or_none_are_read_from_json_and_jsonl(tmp_path):
-    path = write(tmp_path, GOOD, PLAIN, TWO)
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_records_with_one_image_several_or_none_are_read(tmp_path, suffix, capsys):
+    path = write(tmp_path, GOOD, PLAIN, TWO).rename(tmp_path / f"list{suffix}")
     assert read(path) == READ
     lines = "\r\n\n".join(json.dumps(each, ensure_ascii=False) for each in (GOOD, PLAIN, TWO))
-    path.with_suffix(".jsonl").write_text(lines + "\n{", encoding="utf-8-sig")
-    assert read(path.with_suffix(".jsonl")) == READ
+    path.write_text(lines + "\n{", encoding="utf-8-sig")
+    assert read(path) == READ
+    assert "record 3: JSONDecodeError" in capsys.readouterr().out
+
+
+def test_roles_may_have_other_names_and_a_system_text_stands_before_the_first_question(tmp_path):
+    talk = [("system", "Be brief."), ("user", "<image> q"), ("assistant", "a")]
+    messages = [{"from": who, "value": text} for who, text in talk]
+    path = write(tmp_path, {"image": 0, "conversations": messages})
+    RED.save(tmp_path / "0", "PNG")  # files named by numbers begin with 0
+    assert read(path) == [([("Be brief. <image> q", "a")], ["0"])]
 
 
 def test_pictures_come_from_the_given_folder_or_images_or_beside_the_file(tmp_path):
-    path = write(tmp_path, GOOD)
+    path = write(tmp_path, GOOD | {"image": "x/../red.png"})  # the same, however it is written
     for name, given in ((".", ""), ("images", ""), ("other", tmp_path / "other")):
         (tmp_path / name).mkdir(exist_ok=True)
         RED.save(tmp_path / name / "red.png")
@@ -222,39 +253,55 @@ def test_unusable_records_are_left_out_and_printed_and_unusable_files_refused(tm
         first, second, *more = capsys.readouterr().out.splitlines()
         assert f"my.json: {len(bad)} of {len(bad) + 2} records" in first and len(more) == 4
         assert re.match(f"record 1: .*{reason}", second)
-    for name, content in (("my.json", "[{}]"), ("my.json", "[{"), ("my.csv", "red.png,red\n\n,")):
-        (tmp_path / name).write_text(content)  # nothing to use, no JSON, no header
-        with pytest.raises(ValueError, match=name):
-            read(tmp_path / name)
+    for message, content in (("my.json", b"[{}]"), ("my.json", b"[{"), ("my.csv", b"red.png,red\n"),
+                             ("my.csv, line 3: not UTF-8", b"image,caption\n\nred.png,\xe9")):
+        path = tmp_path / message.split(",")[0]  # nothing to use, no JSON, no header, Latin-1
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read(path)
 
 
-def test_a_folder_for_each_class_asks_what_is_in_the_picture(tmp_path):
-    for name in ("red wall", "images"):  # here it is a class, not the folder of the pictures
-        (tmp_path / name).mkdir()
-        RED.save(tmp_path / name / f"{name}.JPG", "JPEG")
-        (tmp_path / name / "notes.txt").touch()
-    assert read(tmp_path) == [([("<image> What is in the picture?", name)], [f"{name}.JPG"])
-                              for name in ("images", "red wall")]
+def test_a_folder_for_each_class_asks_what_is_in_the_picture_and_needs_two(tmp_path, capsys):
+    files = ("images/b.JPG", "red wall/deep/er/a.webp", "red wall/notes.txt", "x.png", ".no/c.png",
+             "images/.d.png", "empty/.e.png")  # "images" is a class here
+    for path in map(tmp_path.joinpath, files):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        RED.save(path, "PNG") if path.suffix != ".txt" else path.touch()
+    assert read(tmp_path) == [([("<image> What is in the picture?", name)], [picture])
+                              for name, picture in (("images", "b.JPG"), ("red wall", "a.webp"))]
+    printed = capsys.readouterr().out
+    assert "2 of 4 records" in printed and "x.png is in no class" in printed
+    assert "notes.txt" in printed and "the class 'empty' has no picture" in printed
+    (tmp_path / "images" / "b.JPG").unlink()
+    with pytest.raises(ValueError, match="'red wall'"):  # the only class
+        read(tmp_path)
+    write(tmp_path, GOOD)
+    with pytest.raises(ValueError, match="--data .*my.json"):  # there is more to read
+        read(tmp_path)
 
 
 def test_each_caption_of_a_table_is_a_short_answer_as_it_was_written(tmp_path):
     table, odd = write(tmp_path).with_name("captions.txt"), ODD.replace('"', '""')
-    table.write_text(f'image,caption\nred.png,A red one .\nred.png,"{odd}"\nblue.png,blue\n')
+    table.write_text(f'image,caption\nred.png,A red one .\nred.png,"{odd}"\nblue.png,blue\n',
+                     encoding="utf-8")
     questions, *rest = zip(*((*turn, *images) for [turn], images in read(table)))
     assert rest == [("A red one .", ODD, "blue"), ("red.png", "red.png", "blue.png")]
     assert questions[0] == questions[1] and {*questions} <= {f"<image> {ask}" for ask in CAPTION}
 
 
-def test_annotations_are_cleaned_and_answer_an_instruction(tmp_path):
-    captions, annotations = {"a": "A wall.", "b": "A red wall. ## It is wide. It"}, []
+def test_annotations_are_cleaned_and_answer_an_instruction(tmp_path, capsys):
     (tmp_path / "image").mkdir()
-    for name, text in captions.items():
+    for name in "ab":
         RED.save(tmp_path / "image" / f"{name}.jpg")
-        annotations.append({"image_id": name, "caption": text})
-    (tmp_path / "filter_cap.json").write_text(json.dumps({"annotations": annotations}))
-    [([(question, answer)], images)] = read(tmp_path)  # nothing is left of the first
+    text = json.dumps({"annotations": [
+        {"caption": 7}, {"image_id": "a", "caption": "A wall."},
+        {"image_id": "b", "caption": "A red wall. ## It is wide. It"}]})
+    (tmp_path / "filter_cap.json").write_text(text, encoding="utf-8")
+    [([(question, answer)], images)] = read(tmp_path)
     assert (answer, images) == ("A red wall. It is wide.", ["b.jpg"])
     assert question.removeprefix("<image> ") in DESCRIBE
+    wrong, empty = capsys.readouterr().out.splitlines()[1:]  # nothing is left of the second
+    assert "record 0: AttributeError" in wrong and "record 1" in empty and "image/a.jpg" in empty
 
 
 @pytest.mark.parametrize("text, cleaned", [
@@ -262,19 +309,27 @@ def test_annotations_are_cleaned_and_answer_an_instruction(tmp_path):
     ("A dog ### runs <unk>on gr\x00ass~~.  It is\nbrown!!!", "A dog runs on grass. It is brown!"),
     ('A man says "stop, you two." And it is bro', 'A man says "stop, you two."'),
     ("Mr. Fox ran 3.5 km. Mr. Hare slept.", "Mr. Fox ran 3.5 km. Mr. Hare slept."),
-    ("A price < 5 dollars and a big > 3 cat.", "A price 5 dollars and a big 3 cat."),
-    ("A dog runs.", ""), ("a dog runs on the green grass", ""), ("", "")])
+    ("A price <5 dollars and > 3, 3×4 m. <b>A cat</b> sat.", "A price <5 dollars and > 3, 3×4 m. "
+     "A cat sat."), ("A dog runs.", ""), ("a dog runs on the green grass", ""), ("", ""),
+    ("一只狗在草地上跑。一只狗在草地上跑。它是棕色的！狗", "一只狗在草地上跑。它是棕色的！"),
+    ("犬が「わん」と鳴く。犬", "犬が「わん」と鳴く。"), ("هل هذا كلب بني كبير؟ نعم", "هل هذا كلب بني كبير؟")])
 def test_captions_are_cleaned_as_by_hand(text, cleaned):
     assert clean_caption(text) == clean_caption(cleaned) == cleaned
 
 
-def test_hold_out_takes_each_picture_to_one_side():
-    samples = [Sample([f"{i % 5}.png"], [("<image>", f"{i}")]) for i in range(10)]
-    samples += [Sample([], [(text, "a")]) for text in ("q", "q", "r")]  # like a sixth, a seventh
-    sides = [samples[i] for i in (1, 2, 4, 6, 7, 9, 10, 11)], [samples[i] for i in (0, 3, 5, 8, 12)]
-    assert hold_out(samples, every=3) == sides
-    with pytest.raises(ValueError, match="one picture"):
-        hold_out(samples[:1] * 2)
+def test_hold_out_draws_a_twentieth_of_all_pictures_and_parts_no_samples_that_share_one():
+    samples = [Sample([i // 2], [("<image>", str(i))]) for i in range(400)]  # two about each
+    samples += [Sample([], [(f"q{i % 100}", "a")]) for i in range(200)]  # like 100 pictures
+    train, held_out = hold_out(samples)
+    assert hold_out(samples) == (train, held_out)  # in each stage
+    seen, asked = ({str(each.images or each.turns) for each in side} for side in (train, held_out))
+    assert len(asked) == 15 and len(seen) == 285 and not seen & asked
+    assert len({each.images[0] // 40 for each in held_out if each.images}) > 2  # of all places
+    chains = [Sample([i, i + 1], []) for i in range(100) if i % 10 < 9]  # 0 to 9, 10 to 19, ...
+    train, held_out = ({each.images[0] // 10 for each in side} for side in hold_out(chains))
+    assert len(train) + len(held_out) == 10 and held_out  # no chain is torn
+    with pytest.raises(ValueError, match="too few pictures"):
+        hold_out(samples[:2])
 
 
 def test_each_turn_is_a_question_after_the_true_turns_before_it_and_all_its_answers_are_right():
@@ -288,11 +343,11 @@ def test_each_turn_is_a_question_after_the_true_turns_before_it_and_all_its_answ
 
 def test_language_leaves_pictures_out_and_vision_samples_without_one(tmp_path):
     samples = read_own_data(write(tmp_path, GOOD, PLAIN))
-    vision, language = Conversations(samples, "vision"), Conversations(samples, "language")
-    assert len(vision) == 1 and vision[0].images == [RED]
+    vision, language = for_stage(samples, "vision"), for_stage(samples, "language")
+    assert vision == samples[:1] and COLLATE.images(vision)[0, :, 0, 0].tolist() == [255, 0, 0]
     assert len(language) == 2 and language[0].images == [] and language[0].turns == [("  q", "a")]
     with pytest.raises(ValueError, match="'vision' needs"):
-        Conversations(samples[1:], "vision")
+        for_stage(samples[1:], "vision")
 
 
 def test_ids_and_labels_equal_those_worked_by_hand_and_no_text_fakes_a_mark():
@@ -334,20 +389,23 @@ def test_pixels_are_bytes_by_channel_row_and_column():
     np.testing.assert_array_equal(result, pixels.transpose(2, 0, 1), strict=True)
 
 
-@pytest.mark.parametrize("mode", ["P", "L", "1", "RGBA"])
-def test_pictures_are_read_as_rgb_and_turned_as_the_camera_was_held(tmp_path, mode):
-    image = Image.fromarray(np.uint8([[0] * 3 + [255] * 3] * 2)).convert("RGB")  # black on the left
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned to the right by 90 degrees: black on top
-    image.convert(mode).save(tmp_path / "x.png", exif=exif)
-    read = read_image(tmp_path / "x.png")
-    assert read.size == (2, 6) and read.mode == "RGB"
-    assert [read.getpixel((0, y))[0] for y in (0, 5)] == [0, 255]
+GRAY = Image.fromarray(np.uint8([[0, 100, 255]]))
+CLEAR = Image.new("L", (3, 1))  # black, ever clearer
+CLEAR.putalpha(GRAY.point(lambda shade: 255 - shade))
 
 
-def test_running_the_file_prints_two_turns_and_what_each_token_is_for(capsys):
-    main()
-    lines = re.findall(r"^ +\d+  '(.+)' +(\w+)$", capsys.readouterr().out, re.MULTILINE)
-    image, trained = ([token for token, use in lines if use == it] for it in ("image", "trained"))
-    turns = next(each.turns for each in Scenes(SceneSpec(), "instruct", 12) if len(each.turns) > 1)
-    assert "".join(trained) == f" {turns[0][1]}### {turns[1][1]}###" and len(image) == 4
+@pytest.mark.parametrize("image", [
+    GRAY, GRAY.convert("P"), GRAY.convert("RGB"), Image.fromarray(np.uint16([[0, 25700, 65535]])),
+    Image.fromarray(np.int32([[0, 25700, 65535]])), Image.fromarray(np.float32([[0, 1, 2.55]])),
+    CLEAR, CLEAR.convert("RGBA"), CLEAR.convert("RGBA").quantize()], ids=lambda image: image.mode)
+def test_pictures_of_any_depth_are_turned_as_the_camera_was_held_and_lie_on_white(tmp_path, image):
+    path, exif = tmp_path / ("x.tif" if image.mode in "IF" else "x.png"), Image.Exif()
+    exif[0x0112] = 6  # to be shown turned to the right by 90 degrees
+    image.save(path, exif=exif)
+    assert np.asarray(read_image(path)).tolist() == [[[shade] * 3] for shade in (0, 100, 255)]
+
+
+def test_a_picture_of_any_shape_is_in_the_contact_sheet():
+    sheet = np.asarray(contact_sheet([Image.new("RGB", (3000, 1), "red"), BLUE], ["a", "b"]))
+    for color in ((255, 0, 0), (0, 0, 255)):
+        assert (sheet == color).all(axis=2).sum() >= 256  # a line of pixels at least

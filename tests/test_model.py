@@ -1,16 +1,15 @@
 """ViT, projector, decoder and the whole: what attends to what, stays untouched, comes out."""
-import math
-import pickle
 from dataclasses import asdict
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model import (GPT, MLLM, PARTS, GPTAttention, ModelConfig, PatchMerge, ViT, cast_frozen,
-                   drop_path, load_model, make_projector, part_of, pick_token, resize_positions,
-                   rotate, rotation, save_file)
+from model import (GPT, MLLM, PARTS, ModelConfig, PatchMerge, ViT, cast_frozen, drop_path,
+                   load_file, load_model, make_projector, part_of, pick_token, rotate, rotation,
+                   save_file)
 
 Q, IMAGE, V = 3, 1, 40  # tokens of an image, placeholder id, ids
 PICTURE = [IMAGE] * Q
@@ -43,43 +42,30 @@ def make_vit(**options):
     return scramble(ViT(**(VIT | dict(image_size=(8, 12)) | options)))
 
 
-# ---- ViT, connectors, projector --------------------------------------------------------------
-def test_interpolated_positions_keep_rows_columns_and_the_class_token():
-    patches = torch.cartesian_prod(torch.arange(2.0), torch.arange(3.0))[None]  # (row, column)
-    learned = torch.cat([torch.full((1, 1, 2), 5.0), patches], dim=1)
-    grown = resize_positions(learned, (2, 3), (5, 4))
-    assert torch.equal(grown[:, :1], learned[:, :1])
-    rows, columns = grown[0, 1:].view(5, 4, 2).unbind(dim=-1)
+def test_positions_for_images_of_other_sizes_keep_rows_columns_and_the_class_token():
+    vit = make_vit(n_layers=0, dim=2, n_heads=1)  # for a grid of 2 x 3 patches
+    nn.init.zeros_(vit.patch_embedding.bias)
+    places = torch.cartesian_prod(torch.arange(2.0), torch.arange(3.0))  # (row, column)
+    vit.position_embedding.data[0, 1:] = places
+    grown = vit(torch.zeros(1, 3, 20, 16))[0]
+    torch.testing.assert_close(grown[0], (vit.class_token + vit.position_embedding)[0, 0])
+    rows, columns = grown[1:].view(5, 4, 2).unbind(dim=-1)
     torch.testing.assert_close(rows, rows[:, :1].expand(5, 4))
     torch.testing.assert_close(columns, columns[:1].expand(5, 4))
     assert (rows[:, 0].diff() > 0).all() and (columns[0].diff() > 0).all()
 
 
-def test_patches_stand_in_reading_order_behind_the_class_token():
-    vit, image = make_vit(n_layers=0), torch.zeros(1, 3, 8, 20)
-    positions = resize_positions(vit.position_embedding, (2, 3), (2, 5))
-    before = vit(image)
-    torch.testing.assert_close(before[:, :1], vit.class_token + positions[:, :1])
-    torch.testing.assert_close(before[:, 1:], vit.patch_embedding.bias + positions[:, 1:])
-    image[:, :, 4:8, 12:16] = 1  # the patch at row 1, column 3 of 5
-    changed = (vit(image) != before).any(dim=-1)[0]
-    assert changed.nonzero().tolist() == [[1 + 1 * 5 + 3]]
-
-
-def test_gradient_checkpointing_keeps_the_gradients_and_less_than_half_of_the_activations():
-    gradients, kept = [], []
-    for use_grad_checkpoint in (False, True):
+def test_gradient_checkpointing_runs_each_block_again_and_keeps_the_gradients():
+    gradients = []
+    for use_grad_checkpoint, n_calls in ((False, 1), (True, 2)):
         vit = make_vit(use_grad_checkpoint=use_grad_checkpoint, drop_path_rate=0.5).train()
+        calls = Mock(return_value=None)
+        vit.blocks[1].norm1.register_forward_hook(calls)
         torch.manual_seed(3)  # so that both drop the same paths
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: [sizes.append(x.numel()), x],
-                                                      lambda kept: kept[1]):
-            y = vit(torch.ones(4, 3, 8, 12))
-        kept.append(sum(sizes))
-        y.square().sum().backward()
+        vit(torch.ones(4, 3, 8, 12)).square().sum().backward()
         gradients.append([parameter.grad for parameter in vit.parameters()])
+        assert calls.call_count == n_calls
     torch.testing.assert_close(*gradients)
-    assert kept[1] < kept[0] / 2
 
 
 def test_drop_path_drops_whole_samples_in_training_and_keeps_the_expectation():
@@ -89,10 +75,8 @@ def test_drop_path_drops_whole_samples_in_training_and_keeps_the_expectation():
     torch.testing.assert_close(y, y[:, :1, :1].expand_as(y))
     assert y.unique().tolist() == pytest.approx([0, 4 / 3])
     assert y.mean().item() == pytest.approx(1, abs=0.02)
-    blocks = make_vit(n_layers=3, drop_path_rate=1 - 1e-9).train().blocks
-    rates = [block.drop_path_rate for block in blocks]
-    assert rates == pytest.approx([0, 0.5, 1])  # deeper blocks are dropped more often
-    assert torch.equal(blocks[-1](x), x)  # it has lost both branches
+    rates = [block.drop_path_rate for block in make_vit(n_layers=3, drop_path_rate=0.6).blocks]
+    assert rates == pytest.approx([0, 0.3, 0.6])  # deeper blocks are dropped more often
 
 
 def test_patch_merging_puts_neighbors_side_by_side_and_drops_the_class_token():
@@ -116,7 +100,6 @@ def test_projector_equals_its_linears_with_activations_between_them_and_a_norm_b
 
 
 @pytest.mark.parametrize("ask, message", [
-    (lambda: make_vit(n_heads=3), "multiple of n_heads"),
     (lambda: make_vit(image_size=(0, 8)), "patch_size 4, got 0 x 8"),
     (lambda: make_vit()(torch.zeros(1, 3, 8, 10)), "patch_size 4, got 8 x 10"),
     (lambda: make_projector(6, 10, "mlp0x_gelu"), "'mlp0x_gelu'"),
@@ -124,39 +107,11 @@ def test_projector_equals_its_linears_with_activations_between_them_and_a_norm_b
     (lambda: make_model(decoder=dict(dim=12)), "n_heads 4 an even width"),
     (lambda: make_model(connector="mlp"), "no connector 'mlp'"),
     (lambda: make_model(lora_on="text"), "lora_on 'text'"),
-    (lambda: make_model(dict(image_size=12), connector="patch-merge"), "3, 3.*divide by 4"),
     (lambda: make_model()(torch.tensor([PICTURE]), make_images(2)), "3 place.* 2 images make 6"),
     (lambda: generate(make_model(max_len=8), [[5] * 5], 0, 4), "5 tokens.*up to 4.*max_len 8")])
 def test_what_cannot_work_raises_and_says_why(ask, message):
     with pytest.raises(ValueError, match=message):
         ask()
-
-
-# ---- Decoder ---------------------------------------------------------------------------------
-def test_rotation_turns_each_pair_by_the_angle_worked_by_hand():
-    x = torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(1, 2, 1, 4)  # pairs (0, 2), (1, 3) at angle 0
-    y = rotate(x, rotation(torch.tensor([[0, 5]]), 4, theta=100.0))
-    assert torch.equal(y[0, 0], x[0, 0])  # speeds are 100^0 and 100^(-2/4) = 0.1
-    expected = [math.cos(5), math.cos(0.5), math.sin(5), math.sin(0.5)]
-    assert y[0, 1, 0].tolist() == pytest.approx(expected, abs=1e-6)
-
-
-@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
-def test_grouped_query_attention_equals_a_slow_reference_with_repeated_heads(n_kv_heads):
-    attention = scramble(GPTAttention(16, 4, n_kv_heads, qkv_bias=True, r=2, alpha=4))
-    x, positions = torch.randn(2, 5, 16), torch.arange(5)[None]
-    rope = rotation(positions, 4, 10_000.0)
-    q, k, v = attention.wqkv(x).split([16, 4 * n_kv_heads, 4 * n_kv_heads], dim=-1)
-    q = rotate(q.unflatten(-1, (4, 4)), rope)
-    k, v = rotate(k.unflatten(-1, (n_kv_heads, 4)), rope), v.unflatten(-1, (n_kv_heads, 4))
-    y = torch.zeros(2, 5, 4, 4)
-    for head in range(4):
-        shared = head // (4 // n_kv_heads)  # neighbors share keys and values
-        for t in range(5):
-            scores = torch.einsum("bd,bsd->bs", q[:, t, head], k[:, :t + 1, shared]) / 2
-            y[:, t, head] = torch.einsum("bs,bsd->bd", scores.softmax(-1), v[:, :t + 1, shared])
-    expected = attention.wo(y.flatten(2))
-    torch.testing.assert_close(attention(x, positions, rope, None, None), expected)
 
 
 def test_fresh_biases_of_the_first_block_let_head_h_look_h_plus_one_tokens_back():
@@ -169,7 +124,6 @@ def test_fresh_biases_of_the_first_block_let_head_h_look_h_plus_one_tokens_back(
             assert scores[t, :t + 1].argmax() == t - (head + 1)
 
 
-# ---- Images among the tokens -----------------------------------------------------------------
 @pytest.mark.parametrize("image_id", [IMAGE, V + 1])  # V + 1: beyond a published vocabulary
 def test_image_tokens_take_the_place_of_their_placeholders_in_order(image_id):
     model, images, picture = make_model(image_id=image_id), make_images(3), [image_id] * Q
@@ -189,15 +143,6 @@ def test_bytes_are_normalized_with_mean_and_deviation_of_their_channel():
     assert torch.equal(model.normalize(normalized), normalized)
 
 
-def test_each_text_of_a_padded_batch_gives_the_logits_that_it_gives_alone():
-    model, images = make_model(), make_images(3)
-    texts = [torch.tensor(text) for text in ([5, *PICTURE, 6, *PICTURE], [7, 8], [*PICTURE, 9])]
-    logits, _ = model(nn.utils.rnn.pad_sequence(texts, batch_first=True), images)
-    for text, own, expected in zip(texts, images.split([2, 0, 1]), logits):
-        alone = model(text[None], own)[0][0]
-        torch.testing.assert_close(alone, expected[:len(text)], atol=1e-3, rtol=1e-3)
-
-
 @pytest.mark.parametrize("text, images", [([5, 6, *PICTURE, 7], make_images(1)),
                                           ([5, 6], make_images(0)), ([5, 6], None)])
 @torch.no_grad()
@@ -209,25 +154,19 @@ def test_partial_lora_keeps_text_up_to_an_image_bit_identical_and_lora_changes_i
         assert (changed[:n_same] == 0).all() and (changed[n_same:] > 1e-4).all()
 
 
-@pytest.mark.parametrize("images", [None, make_images(0)], ids=["None", "none"])
+@pytest.mark.parametrize("images", [None, make_images(0), make_images(1)], ids=["None", "0", "1"])
 def test_a_batch_without_images_gives_all_but_the_decoder_no_gradient_or_exactly_zero(images):
-    model, ids = make_model().train(), torch.tensor([[5, 6, 7, 8]])
+    model, n = make_model().train(), 0 if images is None else len(images)
+    ids = torch.tensor([[5, *PICTURE * n, 6, 7, 8]])
     model(ids, images, ids)[1].backward()
     for name, parameter in model.named_parameters():
-        if part_of(name) == "decoder":
+        if n or part_of(name) == "decoder":
             assert parameter.grad.any(), name
         elif images is None:  # the plain decoder runs alone
             assert parameter.grad is None, name
         else:  # data-parallel training waits for each
             assert torch.count_nonzero(parameter.grad) == 0, name
-
-
-def test_a_batch_with_an_image_gives_every_parameter_and_all_adapters_a_gradient():
-    model, ids = make_model(), torch.tensor([[5, *PICTURE, 7, 8], [6, 7, 8, 9, 10, 11]])
-    model(ids, make_images(1), ids)[1].backward()
-    trained = [name for name, parameter in model.named_parameters() if parameter.grad.any()]
-    assert trained == [name for name, _ in model.named_parameters()]
-    adapted = {name.split(".")[-2] for name in trained if name.endswith("lora_B")}
+    adapted = {name.split(".")[-2] for name, _ in model.named_parameters() if "lora_B" in name}
     assert adapted == {"wqkv", "wo", "w1", "w2", "w3"}
 
 
@@ -242,7 +181,6 @@ def test_loss_is_that_of_predicting_each_label_from_the_logits_before_it():
     torch.testing.assert_close(loss, losses.mean())
 
 
-# ---- Generation ------------------------------------------------------------------------------
 UNEVEN = [[2, *PICTURE, 5], [7], [3, *PICTURE, 8, *PICTURE, 9], [4, 5, 6]]
 
 
@@ -285,8 +223,6 @@ def test_a_text_that_has_stopped_yields_stop_id_until_all_have_stopped():
 @pytest.mark.parametrize("sampling, expected", [
     (dict(temperature=0.0), [0, 1, 0, 0]),
     (dict(temperature=2.0), [0.15, 0.5, 0.05, 0.3]),
-    (dict(temperature=2.0, top_k=9), [0.15, 0.5, 0.05, 0.3]),
-    (dict(temperature=2.0, top_k=1), [0, 1, 0, 0]),
     (dict(temperature=2.0, top_k=2), [0, 0.625, 0, 0.375])])
 def test_tokens_are_drawn_with_the_probabilities_worked_by_hand(sampling, expected):
     logits = 2 * torch.tensor([0.15, 0.5, 0.05, 0.3]).log().expand(20_000, 4)
@@ -296,19 +232,9 @@ def test_tokens_are_drawn_with_the_probabilities_worked_by_hand(sampling, expect
     assert not shares[torch.tensor(expected) == 0].any()
 
 
-# ---- Parts, freezing, files ------------------------------------------------------------------
-@pytest.mark.parametrize("part", PARTS)
-def test_only_the_chosen_part_is_trainable(part):
-    model, modules = make_model(), {"vit": {"vit", "ln_vision"}, "adapters": {"decoder"}}
-    model.train_only((part,))
-    for name, parameter in model.named_parameters():
-        is_chosen = (name.split(".")[0] in modules.get(part, {part})
-                     and ("lora_" in name) == (part == "adapters"))
-        assert parameter.requires_grad == is_chosen, name
-
-
 def test_frozen_modules_stay_in_eval_mode_until_they_are_trainable_again():
-    model, images = make_model(dict(drop_path_rate=0.5), dict(dropout=0.5)), make_images(4)
+    model = make_model(dict(drop_path_rate=0.5), dict(dropout=0.5), decoder=dict(lora_dropout=0.5))
+    images, x = make_images(4), torch.ones(1, 4, 16)
     model.train_only(("projector", "adapters"))
     nn.Sequential(model).train()  # as a wrapper around the model does
     frozen = model.vit, model.ln_vision, model.connector, model.decoder.norm
@@ -318,8 +244,9 @@ def test_frozen_modules_stay_in_eval_mode_until_they_are_trainable_again():
     assert torch.equal(model.encode_images(images), model.encode_images(images))
     model.train_only(PARTS)
     assert all(module.training for module in model.modules())
-    for part, x in ((model.vit, images), (model.connector, torch.ones(1, 4, 16))):
-        assert not torch.equal(part(x), part(x))
+    for part, given in ((model.vit, [images]), (model.connector, [x]),
+                        (model.decoder, [x, torch.ones(1, 4, dtype=torch.bool)])):
+        assert not torch.equal(part(*given), part(*given))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -358,16 +285,27 @@ def save_model(path, **more):
     return model
 
 
-def test_a_saved_model_comes_back_the_same_even_after_a_save_that_broke_off(tmp_path):
+def test_a_saved_model_comes_back_the_same_even_after_a_save_to_a_full_disk(tmp_path, monkeypatch):
+    def fill(content, path):
+        path.write_bytes(b"half of it")
+        raise RuntimeError("unexpected pos 64 vs 0")  # torch's words
+
     model = save_model(tmp_path / "model.pt", stage="align")
-    with pytest.raises((pickle.PicklingError, AttributeError)):  # nothing nameless can be saved
-        save_model(tmp_path / "model.pt", broken=lambda: 0)
+    monkeypatch.setattr(torch, "save", fill)
+    with pytest.raises(OSError, match="cannot write .*model.pt"):
+        save_model(tmp_path / "model.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
     loaded, checkpoint = load_model(tmp_path / "model.pt")
     assert loaded.config == model.config and checkpoint["stage"] == "align"
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
-def test_loading_runs_no_code_from_the_file(tmp_path):
-    save_model(tmp_path / "model.pt", function=print)
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        load_model(tmp_path / "model.pt")
+def test_a_file_that_is_damaged_or_has_code_in_it_is_refused_without_advice_to_run_it(tmp_path):
+    path = tmp_path / "model.pt"
+    save_model(path, function=print)
+    whole = path.read_bytes()
+    for content in (whole, whole[:-1000], b"no checkpoint", b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="model.pt") as error:
+            load_file(path)
+        assert "weights_only" not in str(error.value)

@@ -4,7 +4,6 @@ golden/ holds tiny models with random weights (transformers 5.23.0), tokenizers 
 these libraries give; ids are null where a text holds an added token. Run, it prints a table.
 """
 import json
-import pickle
 import shutil
 import sys
 import unicodedata
@@ -22,8 +21,9 @@ from qformer import QFormer  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTED = torch.load(GOLDEN / "expected.pt", weights_only=True)
-IDS = json.loads((GOLDEN / "tokenizers/ids.json").read_text())
+IDS = json.loads((GOLDEN / "tokenizers/ids.json").read_text(encoding="utf-8"))
 STRINGS = IDS.pop("strings")
+POINTER = b"version https://git-lfs.github.com/spec/v1\n"  # what git-LFS leaves for a file
 
 # What is loaded: the part, how and from where, what it is given and what should come out.
 PARITY = {
@@ -58,13 +58,13 @@ def test_published_weights_give_what_their_library_gives(name):
     assert relative_error(name) < 1e-5
 
 
-def tokenizer_of(family, folder=GOLDEN / "tokenizers"):
-    return PublishedTokenizer.load(folder / family / "tokenizer.json")
+def tokenizer_in(folder):
+    return PublishedTokenizer.load(folder / "tokenizer.json")
 
 
 @pytest.mark.parametrize("family", IDS)
 def test_published_tokenizers_give_the_ids_of_their_library_and_the_text_back(family):
-    tokenizer = tokenizer_of(family)
+    tokenizer = tokenizer_in(GOLDEN / "tokenizers" / family)
     for text, expected in zip(STRINGS, IDS[family]):
         ids = tokenizer.encode(text)
         assert expected in (None, ids), ascii(text)
@@ -73,16 +73,9 @@ def test_published_tokenizers_give_the_ids_of_their_library_and_the_text_back(fa
         assert "\u2581" in text or tokenizer.decode(ids) == text  # U+2581 stands for a space there
 
 
-def test_bytes_that_a_vocabulary_lacks_are_dropped_by_encode():
-    content = json.loads((GOLDEN / "tokenizers/qwen2/tokenizer.json").read_text())
-    del content["model"]["vocab"]["j"]
-    ids = PublishedTokenizer(content, eos="<|im_end|>").encode(" tjhe just")
-    assert ids == tokenizer_of("qwen2").encode(" the ust")  # what is left may be merged
-
-
 @pytest.mark.parametrize("family", IDS)
 def test_text_cannot_fake_an_added_token_or_a_mark_of_ours(family):
-    tokenizer = tokenizer_of(family)
+    tokenizer = tokenizer_in(GOLDEN / "tokenizers" / family)
     added = {token["content"]: token["id"] for token in tokenizer.content["added_tokens"]}
     ids = {*tokenizer.encode(" ".join(added) + "".join(added) + "<ImageHere>")}
     marks = {tokenizer.pad_id, tokenizer.image_id, tokenizer.cls_id, tokenizer.dec_id}
@@ -95,7 +88,7 @@ def test_text_cannot_fake_an_added_token_or_a_mark_of_ours(family):
     ("qwen2", "###Human: <Img>@@</Img> Is it?###Assistant: no<|im_end|>###Human: Sure?"
      "###Assistant: yes<|im_end|>", " no<|im_end|> yes<|im_end|>")])
 def test_the_template_in_a_published_vocabulary_is_that_written_by_hand(family, text, trained):
-    tokenizer = tokenizer_of(family)
+    tokenizer = tokenizer_in(GOLDEN / "tokenizers" / family)
     tokenizer.bytes[tokenizer.image_id] = b"@"
     ids, labels = encode_turns(tokenizer, [("<image> Is it?", "no"), ("Sure?", "yes")], 2)
     assert tokenizer.decode(ids) == text
@@ -116,31 +109,31 @@ def test_safetensors_of_all_types_read_as_written_even_where_bytes_are_not_align
     assert [*read] == [*tensors] and all(map(torch.equal, read.values(), tensors.values()))
 
 
-def test_missing_weights_are_named_and_code_among_them_is_refused(tmp_path):
-    shutil.copy(GOLDEN / "clip/config.json", tmp_path)
-    with pytest.raises(ValueError, match=f"{tmp_path}: no weights"):
-        published_vit(tmp_path)
-    torch.save({"a": print}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        published_vit(tmp_path)
-
-
-@pytest.mark.parametrize("load, family, change, message", [
-    (published_gpt, "llama", {"model_type": "gpt_neox"}, "model_type 'gpt_neox'"),
-    (published_gpt, "llama", {"hidden_act": "relu"}, "hidden_act 'relu'"),
-    (published_gpt, "llama", {"rope_parameters": {"rope_type": "llama3"}}, "rope_type 'llama3'"),
-    (published_gpt, "llama", {"rope_parameters": 0, "rope_scaling": {"type": "yarn"}}, "'yarn'"),
-    (partial(published_vit, drop_last=3), "clip", {}, "drop_last 3 must leave one of 3 blocks"),
-    (partial(tokenizer_of, ""), "tokenizers/qwen2", {"added_tokens": []}, "lacks the eos_token"),
-    (partial(tokenizer_of, ""), "tokenizers/gpt2", {"model": {"vocab": []}}, "json: not.*known"),
-    (partial(tokenizer_of, ""), "tokenizers/gpt2", {"pre_tokenizer": None}, "steps"),
-    (partial(tokenizer_of, ""), "tokenizers/gpt2", {"normalizer": {"type": "Lowercase"}}, "Lower")])
-def test_what_is_not_known_is_refused_by_name(tmp_path, load, family, change, message):
-    shutil.copytree(GOLDEN / family, tmp_path, dirs_exist_ok=True)
-    [file] = [*tmp_path.glob("config.json"), *tmp_path.glob("tokenizer.json")]
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+@pytest.mark.parametrize("load, name, change, message", [
+    (published_gpt, "llama/model.safetensors", Path.unlink, "no weights"),
+    (published_gpt, "llama/model.safetensors", partial(Path.write_bytes, data=POINTER), "LFS"),
+    (published_gpt, "qwen2/model-00002-of-00003.safetensors", Path.unlink, "-of-00003"),
+    (published_vit, "clip/pytorch_model.bin", partial(torch.save, {"a": print}), "model.bin"),
+    (published_gpt, "llama/config.json", {"model_type": "gpt_neox"}, "model_type 'gpt_neox'"),
+    (published_gpt, "llama/config.json", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    (published_vit, "clip/config.json", {"vision_config": {"hidden_act": "gelu_new"}}, "gelu_new"),
+    (published_gpt, "llama/config.json", {"quantization_config": {"bits": 4}}, "quantiz"),
+    (published_gpt, "llama/config.json", {"rope_parameters": {"rope_type": "llama3"}}, "'llama3'"),
+    (published_gpt, "llama/config.json", {"rope_parameters": 0, "rope_scaling": {"type": "yarn"}},
+     "'yarn'"), (partial(published_vit, drop_last=3), "clip/config.json", {}, "drop_last 3.* of 3"),
+    (tokenizer_in, "tokenizers/gpt2/tokenizer.json", Path.unlink, "tokenizer.json is missing"),
+    (tokenizer_in, "tokenizers/qwen2/tokenizer.json", {"added_tokens": []}, "lacks the eos_token"),
+    (tokenizer_in, "tokenizers/gpt2/tokenizer.json", {"model": {"vocab": []}}, "json: not.*known"),
+    (tokenizer_in, "tokenizers/gpt2/tokenizer.json", {"pre_tokenizer": None}, "steps"),
+    (tokenizer_in, "tokenizers/gpt2/tokenizer.json", {"normalizer": {"type": "Strip"}}, "Strip")])
+def test_what_is_missing_or_not_known_is_named(load, name, change, message, tmp_path):
+    file = shutil.copytree((GOLDEN / name).parent, tmp_path / "x") / Path(name).name
+    if isinstance(change, dict):
+        content = json.loads(file.read_text(encoding="utf-8")) | change
+        change = partial(Path.write_text, data=json.dumps(content), encoding="utf-8")
+    change(file)
     with pytest.raises(ValueError, match=message):
-        load(tmp_path)
+        load(file.parent)
 
 
 if __name__ == "__main__":

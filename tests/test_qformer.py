@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qformer import QFormer, QFormerBlock, attention_mask
+from qformer import QFormer, attention_mask
 
 Q = 3
 
@@ -28,30 +28,9 @@ def make_batch(B=2):
     return torch.randn(B, 5, 10), torch.randint(1, 30, (B, 4))
 
 
-def test_queries_pass_through_a_block_as_through_the_post_ln_decoder_layer_of_torch():
-    torch.manual_seed(0)
-    ours = QFormerBlock(16, 4, 24, dropout=0.0, encoder_width=16, has_text=True)
-    for parameter in ours.parameters():
-        nn.init.normal_(parameter, std=0.4)
-    theirs = nn.TransformerDecoderLayer(16, 4, 24, dropout=0.0, activation="gelu", batch_first=True)
-    state, renamed = ours.state_dict(), {}
-    names = {"self_attn.out_proj": "self_attention.out_proj", "norm1": "self_attention_norm",
-             "multihead_attn.out_proj": "cross_attention.out_proj", "norm2": "cross_attention_norm",
-             "linear1": "query_ffn.0", "linear2": "query_ffn.2", "norm3": "query_ffn_norm"}
-    for kind in ("weight", "bias"):
-        renamed |= {f"{their}.{kind}": state[f"{our}.{kind}"] for their, our in names.items()}
-        for their, our in (("self_attn", "self_attention"), ("multihead_attn", "cross_attention")):
-            projections = [state[f"{our}.{part}_proj.{kind}"] for part in "qkv"]
-            renamed[f"{their}.in_proj_{kind}"] = torch.cat(projections)
-    theirs.load_state_dict(renamed)
-    x, image = torch.randn(2, Q, 16), torch.randn(2, 5, 16)
-    torch.testing.assert_close(ours(x, Q, image, None), theirs(x, image))
-
-
-@pytest.mark.parametrize("every, blocks", [(2, [0, 2, 4]), (3, [0, 3])])
-def test_only_every_nth_block_has_cross_attention(every, blocks):
-    model = make_qformer(n_layers=5, cross_attention_every=every)
-    assert [i for i, block in enumerate(model.blocks) if block.cross_attention] == blocks
+def test_only_every_nth_block_has_cross_attention():
+    blocks = make_qformer(n_layers=5, cross_attention_every=3).blocks
+    assert [i for i, block in enumerate(blocks) if block.cross_attention] == [0, 3]
 
 
 @pytest.mark.parametrize("mask_kind, lines", [
@@ -67,8 +46,7 @@ def test_queries_and_text_attend_to_each_other_under_the_joint_mask_not_the_sepa
     model, (image, text) = make_qformer(), make_batch()
     alone = torch.cat([model(image), model(text=text)], dim=1)
     torch.testing.assert_close(model(image, text, "separate"), alone)
-    joint = model(image, text, "joint")
-    assert not torch.isclose(joint, alone, atol=1e-3).all(dim=-1).any()
+    assert not torch.isclose(model(image, text, "joint"), alone, atol=1e-3).all(dim=-1).any()
 
 
 @pytest.mark.parametrize("mask_kind", ["separate", "joint", "causal"])
@@ -98,18 +76,18 @@ def test_what_cannot_work_raises_and_says_why(ask, message):
         ask()
 
 
-def test_similarity_is_the_best_cosine_divided_by_the_temperature(monkeypatch):
-    model = make_qformer(itc_dim=2)
-    monkeypatch.setattr(model, "itc_image", nn.Identity())
-    monkeypatch.setattr(model, "itc_text", nn.Identity())
-    # The summary token is the first; the second token of each text must not count.
-    texts = torch.tensor([[[3.0, 0.0], [9.0, 9.0]], [[6.0, 8.0], [9.0, 9.0]]])
-    monkeypatch.setattr(model, "forward", lambda text, mask_kind: texts)
-    images = torch.tensor([[[2.0, 0.0], [-1.0, 0.0]], [[0.0, -1.0], [0.0, 5.0]]])
-    model.temperature.data.fill_(0.1)
-    # Cosines by hand: image 0 points along x, image 1 along y; text 1 is (0.6, 0.8).
-    expected = torch.tensor([[10.0, 6.0], [0.0, 8.0]])
-    torch.testing.assert_close(model.similarity(images, None), expected)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_similarity_is_the_best_cosine_divided_by_the_temperature_also_under_autocast(autocast):
+    model, (image, text) = make_qformer(), make_batch(B=8)
+    model.temperature.data.fill_(0.01)  # it magnifies each rounding error a hundred times
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        queries, cls = model(image), model(text=text, mask_kind="separate")[:, 0]
+        similarity = model.similarity(queries, text)
+        images, texts = model.itc_image(queries), model.itc_text(cls)
+    for i in range(8):
+        cosines = F.cosine_similarity(images[i, None].double(), texts[:, None].double(), dim=-1)
+        expected = cosines.amax(dim=1) / 0.01  # of (8 texts, 3 queries)
+        torch.testing.assert_close(similarity[i].double(), expected, rtol=0, atol=1e-4)
 
 
 def test_itc_loss_equals_the_one_worked_by_hand():
@@ -120,25 +98,18 @@ def test_itc_loss_equals_the_one_worked_by_hand():
     assert loss.item() == pytest.approx((texts / 2 + images / 2) / 2, abs=1e-6)
 
 
-def test_itm_draws_the_most_similar_wrong_pairs_and_never_the_true_one(monkeypatch):
+def test_itm_loss_equals_a_slow_reference_with_the_most_similar_wrong_pairs():
     model, (image, text) = make_qformer(), make_batch(B=3)
-    calls, forward = [], model.forward
-    monkeypatch.setattr(model, "forward", lambda *inputs: calls.append(inputs) or forward(*inputs))
     similarity = torch.tensor([[0.0, -200, -99], [-99, 0.0, -200], [-200, -99, 0.0]])
-    model.itm_loss(image, text, similarity)
-    [(images, texts, mask_kind)] = calls
-    assert mask_kind == "joint"
-    assert torch.equal(images, torch.cat([image, image[[1, 2, 0]], image]))  # columns
-    assert torch.equal(texts, torch.cat([text, text, text[[2, 0, 1]]]))  # lines
-
-
-def test_itm_loss_counts_one_right_pair_in_three():
-    model, (image, text) = make_qformer(), make_batch()
-    nn.init.zeros_(model.itm_head.weight)
-    model.itm_head.bias.data = torch.tensor([0.0, 2.0])  # it always says "a pair", with odds e^2
-    loss = model.itm_loss(image, text, torch.zeros(2, 2))
-    right, wrong = math.log(1 + math.exp(-2)), math.log(1 + math.exp(2))
-    assert loss.item() == pytest.approx(right / 3 + 2 * wrong / 3, abs=1e-5)
+    wrong_text, wrong_image = [2, 0, 1], [1, 2, 0]  # by lines, by columns; never the true one
+    losses = []
+    for i in range(3):
+        for a, b, is_pair in ((i, i, 1), (wrong_image[i], i, 0), (i, wrong_text[i], 0)):
+            queries = model(image[a, None], text[b, None], "joint")[0, :Q]
+            votes = model.itm_head(queries).mean(dim=0)
+            losses.append(-votes.log_softmax(dim=0)[is_pair])
+    expected = torch.stack(losses).mean()
+    torch.testing.assert_close(model.itm_loss(image, text, similarity), expected)
 
 
 def test_itm_loss_of_numbers_that_have_blown_up_is_nan():
@@ -157,14 +128,6 @@ def test_itg_loss_equals_a_slow_reference_and_skips_padding():
             losses.append(-model.lm_head(tokens[0, -1]).log_softmax(dim=-1)[text[b, t + 1]])
     torch.testing.assert_close(loss, torch.stack(losses).mean())
     torch.testing.assert_close(queries, model(image))
-
-
-def test_itg_trains_nothing_that_the_queries_become_in_the_last_block():
-    model, (image, text) = make_qformer(), make_batch()
-    model.itg_loss(image, text, labels=text)[0].backward()
-    trained = {name.split(".")[0] for name, parameter in model.blocks[-1].named_parameters()
-               if parameter.grad is not None and parameter.grad.any()}
-    assert trained == {"self_attention", "self_attention_norm", "text_ffn", "text_ffn_norm"}
 
 
 def test_without_the_text_half_a_trained_one_keeps_exactly_what_its_queries_use():

@@ -1,7 +1,8 @@
 """Asking a trained model: from the command line, in a conversation, and a thousand questions."""
 import io
-import json
+import re
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
@@ -39,8 +40,8 @@ def test_without_a_picture_a_scene_is_drawn_as_in_training_and_the_seed_decides(
     seen = []
     monkeypatch.setattr(sample, "random_things", lambda *given: seen.extend(given) or [])
     one, again, other = ((run(f"--seed={seed}", "--temperature=1", "--max-new-tokens=20"),
-                          seen.pop().random(), seen.pop()) for seed in (1, 1, 2))
-    assert one == again and {*one} & {*other} == {SceneSpec(max_things=2)}
+                          seen.pop(), seen.pop().random(), seen.pop()) for seed in (1, 1, 2))
+    assert one == again and {*one} & {*other} == {"test", SceneSpec(max_things=2)}
 
 
 def test_pieces_of_the_stream_join_to_the_whole_answer(parts, monkeypatch):
@@ -51,22 +52,39 @@ def test_pieces_of_the_stream_join_to_the_whole_answer(parts, monkeypatch):
     assert "".join(pieces) == "a circle é 😀" and len(pieces) > 2 and "\ufffd" not in str(pieces)
 
 
-def test_a_chat_remembers_earlier_turns_and_shows_all_pictures_once(run, monkeypatch):
-    given, first = [], "<image> <image> one"
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo <image>\n"))
+def test_a_chat_keeps_its_latest_turns_and_shows_all_pictures_once(run, parts, monkeypatch):
+    given = []
+
+    def stream(model, collate, asked, *_, **__):
+        assert not model.training and asked.images == ["a", "b"]
+        given.append(asked.turns)
+        return ["fi", "ne"]
+
+    asked = "".join(f"is it <image>{i}?\n" for i in range(9))
+    monkeypatch.setattr("sys.stdin", io.StringIO(asked))
     monkeypatch.setattr(sample, "read_image", str)
-    monkeypatch.setattr(sample, "stream", lambda model, collate, asked, *_, **__: given.append(
-        (list(asked.turns), *asked.images)) or ["fi", "ne"])
+    monkeypatch.setattr(sample, "stream", stream)
     with pytest.raises(EOFError):  # Ctrl-D, which ends the program
-        run("--chat", "--image", "a", "b")
-    assert given == [([(first, None)], "a", "b"), ([(first, "fine"), ("two  ", None)], "a", "b")]
+        run("--chat", "--max-new-tokens=50", "--image", "a", "b")
+    one, two = (len(encode_turns(parts[1].tokenizer, turns, 2)[0]) for turns in given[:2])
+    most = 1 + (128 - 50 - one) // (two - one)  # as many turns fit
+    for i, turns in enumerate(given):
+        (first, *questions), answers = zip(*turns)
+        n = min(i + 1, most)
+        assert first == f"<image> <image> is it  {i + 1 - n}?" and len(questions) == n - 1
+        assert answers == (*["fine"] * (n - 1), None)
+    assert len(given) == 9 > most > 1
 
 
-def test_what_the_user_can_get_wrong_is_named(run, parts, tmp_path, monkeypatch):
+def test_what_the_user_can_get_wrong_is_named(run, parts, tmp_path, monkeypatch, capsys):
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    for flag in ("--image={}/broken.png", "--image={}/absent.png", "--out={}/absent"):
-        with pytest.raises((ValueError, OSError), match=flag[-6:]):
+    for flag, message in (("--image={}/broken.png", "broken.png"), ("--out={}/absent", "absent"),
+                          ("--image={}/absent.png", "absent.png"), ("--device=cuda:77", "cuda:77"),
+                          ("--top-k=-1", "--top-k.*at least 0"), ("--temperature=nan", "'nan'"),
+                          ("--max-new-tokens=0", "--max-new-tokens.*at least 1")):
+        with pytest.raises((ValueError, OSError, SystemExit)) as error:
             run(flag.format(tmp_path))
+        assert re.search(message, f"{error.value} {capsys.readouterr().err}")
     own = {"run": {"data": "my.json"}, "tokenizer": {}}
     monkeypatch.setattr(sample, "load_model", lambda _: (parts[0], own))
     with pytest.raises(ValueError, match="--image"):  # a scene would be none of its pictures
@@ -103,26 +121,40 @@ def test_answers_and_losses_are_those_of_the_last_question_after_the_true_turns(
         assert text == tokenizer.decode(ids[start:]).strip()
 
 
-def read_numbers(model, samples, collate):
-    """In place of `answer`: a picture is a number here and is read, at a loss of 1, else 0."""
-    return [("".join(map(str, each.images)), len(each.images)) for each in samples]
+picture = partial(Image.new, "L", (1, 1))
 
 
-def test_blind_shows_each_question_the_picture_of_another(monkeypatch):
-    monkeypatch.setattr(sample, "answer", read_numbers)
-    records = sample.ask_all(None, [Sample([i], [("q", "a")]) for i in range(250)], None)
-    assert [record["blind"] for record in records] == [str((i + 125) % 250) for i in range(250)]
+@pytest.fixture
+def reader(monkeypatch):
+    """In place of a model: it says which numbers pictures are, at a loss of 1, else 0."""
+    def answer(model, samples, collate):
+        assert not model.training
+        return [("".join(f"A{image.getpixel((0, 0))}" for image in each.images), len(each.images))
+                for each in samples]
+
+    monkeypatch.setattr(sample, "answer", answer)
+    return torch.nn.Module()
 
 
-def test_right_blind_floor_and_answers_json_are_those_worked_by_hand(monkeypatch, tmp_path):
-    monkeypatch.setattr(sample, "answer", read_numbers)
-    samples = [Sample([1], [("", "1")], "a"), Sample([2], [("<image> q", "x")], "a", ("x", "2")),
-               Sample([5], [("", "1")], "a"), Sample([3], [("", "x")], "a", ("x", "1")),
-               Sample([], [("", "")], "b"), Sample([5], [("", "5")], "b")]
-    metrics = sample.evaluate(torch.nn.Module(), {"test": samples}, None, tmp_path)
-    # right, blind, floor (which is "1" for a), loss, blind loss
-    assert [*metrics["test_by_type"]["a"].values()] == [2 / 4, 1 / 2, 3 / 4, 1, 1]
-    assert [*metrics.values()][1:] == [4 / 6, 1 / 2, 4 / 6, 5 / 6, 1]
-    saved = json.loads((tmp_path / "answers.json").read_text())
-    assert [record["blind"] for record in saved] == ["3", None, None, "1", None, None]  # or none
-    assert [saved[1][key] for key in ("question", "references", "answer")] == ["q", ["x", "2"], "2"]
+@pytest.mark.parametrize("numbers", [range(250), [i // 3 for i in range(30)], [7, 7, 5], [7, 7]])
+def test_blind_shows_each_question_another_picture_or_none_if_all_are_alike(numbers, reader):
+    samples = [Sample([picture(number)], [("q", "a")]) for number in numbers]
+    records = sample.ask_all(reader.eval(), samples, None, 16)
+    for number, record in zip(numbers, records, strict=True):
+        assert record["blind"] not in (f"A{number}", "")
+        assert (record["blind"] is None) == (len({*numbers}) == 1)
+
+
+def test_right_blind_and_floor_equal_those_worked_by_hand_and_classes_count_to_the_sign(reader):
+    one, two, three, five = map(picture, (1, 2, 3, 5))
+    samples = [Sample([one], [("", "a1.")], "a"),
+               Sample([two], [("<image> q", "x")], "a", ("x", "A2")),
+               Sample([five], [("", "A1")], "a"), Sample([three], [("", "x")], "a", ("x", "A1")),
+               Sample([], [("", "")], "class"), Sample([five], [("", "A5.")], "class"),
+               Sample([five], [("", "a5")], "class"), Sample([five], [("", "A5")], "class")]
+    metrics, records, _ = sample.evaluate(reader.train(), {"test": samples}, None, 4)
+    # right, blind, floor (which is "a1" for a), loss, blind loss
+    assert [*metrics["test_by_type"]["a"].values()] == [2 / 4, 1 / 4, 3 / 4, 1, 1]
+    assert [*metrics.values()][1:] == [4 / 8, 1 / 7, 4 / 8, 7 / 8, 1]
+    assert [each["blind"] for each in records] == ["A5", "A5", "A1", "A5", None, "A2", "A3", "A3"]
+    assert [*records[1].values()][:4] == ["a", ("x", "A2"), "q", "A2"]

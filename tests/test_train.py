@@ -13,6 +13,7 @@ import train
 from data import COLORS, Sample, Tokenizer, read_safetensors, texts_of, tokenizer_from
 from model import MLLM, PARTS, part_of, resize_positions
 from sample import answer, collate_for
+from test_data import record
 from train import RECIPES, PRETRAINING, STAGES
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -61,6 +62,10 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def files_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder of a whole run; `out` is a copy."""
@@ -83,7 +88,8 @@ def test_a_stage_changes_exactly_the_parts_that_its_recipe_lists(recipe, stage, 
     train.train_stage(model, stage, data[stage], collate, config, tmp_path)
     parts, after = PRETRAINING.get(stage) or RECIPES[recipe][stage], model.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    listed = {name for name in before if part_of(name) in parts}
+    part = {name: "adapters" if "lora_" in name else name.split(".")[0] for name in before}
+    listed = {name for name in before if part[name].replace("ln_vision", "vit") in parts}
     # These have gradients of zero: softmax does not see key biases (but for rounding), and nothing
     # reads image tokens after the last keys and values.
     zero = {name for name in listed if name.endswith("k_proj.bias")
@@ -115,87 +121,118 @@ def test_pictures_may_grow_in_a_later_stage_and_positions_are_interpolated(out):
     assert torch.equal(model.vit.position_embedding, resize_positions(old, (6, 6), (8, 8)))
 
 
-@pytest.mark.parametrize("stage, flag, content, message", [
-    ("align", "--scenes.n-colors=4", {}, "vision.pt .* other scenes settings: .'n_colors'"),
-    ("align", "--qformer.n-heads=1", {}, "vision.pt .* other qformer settings: .'n_heads'"),
-    ("instruct", "--connector=patches", {}, "align.pt has a projector for another connector"),
-    ("align", "--muon", {"trained": ["connector", "vit"]}, "decoder.* would stay frozen with ran"),
-    ("align", "--muon", {"model": {}}, "weights do not fit: missing .'vit.class_token'"),
-    ("align", "--muon", {"model": {"decoder.norm.weight": torch.ones(3)}}, "size mismatch")])
-def test_a_stage_refuses_settings_and_weights_that_do_not_fit(stage, flag, content, message, out):
-    torch.save(checkpoint(out, "vision") | content, out / "vision.pt")
-    with pytest.raises(ValueError, match=message):
-        run(out, f"--stage={stage}", flag)
+@pytest.mark.parametrize("more, content, message", [
+    ("--stage=align --scenes.n-colors=4", {}, r"\['scenes.n-colors'\]"),
+    ("--stage=align --llm-folder=x", {}, r"\['llm-folder'\]"),
+    ("--stage=instruct --decoder.alpha=1", {}, r"\['decoder.alpha'\]"),
+    ("--stage=instruct --projector.kind=mlp", {}, r"\['projector.kind'\]"),
+    ("--stage=evaluate --vit.dim=8", {}, r"\['vit.dim'\]"),
+    ("--stage=align --preset=cpu", {}, "--preset is for a new run"),
+    ("--stage=instruct --connector=patches", {}, "connector 'qformer', not 'patches'"),
+    ("--stage=instruct --recipe=lora", {}, "lora_on 'image', not 'all'"),
+    ("--stage=align", {"trained": ["connector", "vit"]}, "decoder.* would stay frozen with ran"),
+    ("--stage=align", {"model": {}}, "weights do not fit: missing .'vit.class_token'"),
+    ("--stage=align", {"model": {"decoder.norm.weight": torch.ones(3)}}, "size mismatch"),
+    ("--resume --seed=1 --align-lr=1", {"stage": "align"}, r"\['align-lr', 'seed'\]"),
+    ("--resume --stage=align", {"stage": "align"}, "without --stage"), ("--resume", {}, "finished"),
+    (f"--llm-folder={GOLDEN / 'llama'}", {}, "--decoder.*: the published weights have"),
+    (f"--llm-folder={GOLDEN / 'llama'} --stage=language", None, "'language'. is not needed"),
+    (f"--qformer-folder={GOLDEN / 'blip2'}", None, "give --vit-folder"),
+    ("--stage=align", None, "vision.pt"), ("--val=x", {}, "need --data"),
+    ("--half-frozen", {}, "needs --bf16"), ("--qformer.n-layers=1", {}, "must be at least 2"),
+    ("--batch-size=1", {}, "two samples"), ("--scenes.n-colors=9", {}, "n_colors must be 1 to 6"),
+    ("--connector=patch-merge --vit.image-size 40 40", {}, "does not divide by 4"),
+    ("--vit.n-heads=3", {}, "n_heads 3"), ("--recipe=b", {}, "'b' .choose"),
+    ("--device=cuda:77", {}, "has no such device"), ("--vit.dim=x", {}, "--vit.dim: .*'x'"),
+    ("--batch-size=0", {}, "--batch-size: .*at least 1"), ("--align-lr=inf", {}, "--align-lr: "),
+    ("--align=1", {}, "unrecognized arguments: --align=1")])
+def test_a_refused_command_changes_no_file(more, content, message, out, capsys, monkeypatch):
+    if content is None:  # nothing is there, and no sizes are given
+        shutil.rmtree(out)
+        out.mkdir()
+        monkeypatch.setitem(globals(), "TINY", [])
+    else:
+        name = "resume.pt" if "stage" in content else "vision.pt"
+        torch.save(checkpoint(out, "vision") | content, out / name)
+    before = files_in(out)
+    with pytest.raises((ValueError, FileNotFoundError, SystemExit)) as error:
+        run(out, *more.split())
+    assert re.search(message, f"{error.value} {capsys.readouterr().err}")
+    assert files_in(out) == before and len([*out.iterdir()]) == len(before)
 
 
-def test_frozen_parts_may_be_kept_in_half_precision(out):
-    run(out, "--stage=instruct", "--bf16", "--half-frozen")
-    weights, trained = checkpoint(out)["model"], RECIPES["blip2_plora"]["instruct"]
-    assert weights["vit.patch_embedding.weight"].dtype == torch.bfloat16
-    assert {weights[name].dtype for name in weights if part_of(name) in trained} == {torch.float32}
+@pytest.mark.parametrize("more, n_kept", [("--seed=0", 0), ("--stage=align", 2)])
+def test_what_a_run_replaces_is_moved_to_previous(more, n_kept, out, monkeypatch):
+    for name in ("resume.pt", "evaluation.json", "notes.txt"):
+        (out / name).touch()
+    before, kept = files_in(out), {"notes.txt", *(f"{stage}.pt" for stage in STAGES[:n_kept])}
+    monkeypatch.setattr(train, "run_stage", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(out, more)
+    assert files_in(out).keys() == kept
+    assert files_in(out / "previous") == {name: before[name] for name in before.keys() - kept}
+
+
+@pytest.mark.parametrize("flag", ["--data", "--val"])
+def test_a_finished_model_is_asked_about_all_of_other_data(flag, out, tmp_path):
+    before = files_in(out)
+    run(out, "--stage=evaluate", f"{flag}={own_data(tmp_path)}", "--eval-samples=99")
+    names = {"evaluation.json", "evaluation_answers.json", "evaluation_samples.png"}
+    assert files_in(out).keys() - before.keys() == names and files_in(out).items() >= before.items()
+    answers = json.loads((out / "evaluation_answers.json").read_text(encoding="utf-8"))
+    assert len(answers) == 12  # two about each picture
+
+
+@pytest.mark.parametrize("stage, dtype", [("vision", torch.float32), ("instruct", torch.bfloat16)])
+def test_frozen_parts_may_be_kept_in_half_precision_after_stage_0(stage, dtype, out):
+    run(out, f"--stage={stage}", "--bf16", "--half-frozen")
+    weights, parts = checkpoint(out, stage)["model"], (PRETRAINING | RECIPES["blip2_plora"])[stage]
+    assert weights["decoder.blocks.0.w1.weight"].dtype == dtype  # frozen in both
+    assert {weights[name].dtype for name in weights if part_of(name) in parts} == {torch.float32}
 
 
 @pytest.mark.parametrize("vit", [
     [f"--vit-folder={GOLDEN / 'clip'}", "--connector=patches"],
     [f"--vit-folder={GOLDEN / 'blip2'}", f"--qformer-folder={GOLDEN / 'blip2'}"]])
-def test_a_run_on_published_parts_needs_no_stage_0_and_keeps_frozen_weights(vit, tmp_path):
+def test_a_run_on_published_parts_keeps_their_weights(vit, tmp_path, monkeypatch):
     llm = shutil.copytree(GOLDEN / "tokenizers" / "llama", tmp_path / "llm")
-    sizes = json.loads((GOLDEN / "llama" / "config.json").read_text()) | {"vocab_size": 540}
-    (llm / "config.json").write_text(json.dumps(sizes))
+    sizes = json.loads((GOLDEN / "llama/config.json").read_text(encoding="utf-8"))
+    sizes["vocab_size"] = 540
+    (llm / "config.json").write_text(json.dumps(sizes), encoding="utf-8")
     wide = dict.fromkeys(["model.embed_tokens.weight", "lm_head.weight"], torch.randn(540, 16))
     weights = read_safetensors(GOLDEN / "llama" / "model.safetensors") | wide
     torch.save(weights, llm / "pytorch_model.bin")
     given = [*vit, f"--llm-folder={llm}", "--recipe=plora"]
+    free = [flag for flag in TINY if not re.match(r"--\w+\.(dim|n-)", flag)]  # no size is given
+    monkeypatch.setitem(globals(), "TINY", free)
     run(tmp_path, *given)
     assert {path.stem for path in tmp_path.glob("*.pt")} == {"align", "instruct"}
-    weights = checkpoint(tmp_path)["model"]
+    config, weights = map(checkpoint(tmp_path).get, ("config", "model"))
+    assert config["pixel_mean"] == pytest.approx([0.481, 0.458, 0.408], abs=1e-3)  # those of CLIP
+    assert config["pixel_std"] == pytest.approx([0.269, 0.261, 0.276], abs=1e-3)
     for part, (_, published) in train.published_parts(config_of(*given)).items():
         assert published and all(torch.equal(weights[f"{part}.{name}"], value.float())
                                  for name, value in published.items()), part
     larger = config_of(*given, "--vit.image-size", "84", "56").vit
     assert larger == config_of(*given).vit | {"image_size": (84, 56)}
     older = {key: value for key, value in sizes.items() if not re.search("rope|key_value", key)}
-    (llm / "config.json").write_text(json.dumps(older))
+    (llm / "config.json").write_text(json.dumps(older), encoding="utf-8")
     assert config_of(*given).decoder.items() >= {"rope_theta": 1e4, "n_kv_heads": None}.items()
 
 
-def test_every_setting_is_a_flag_with_dashes_and_help_says_its_comment(monkeypatch, capsys):
+def test_every_setting_is_a_flag_with_dashes(monkeypatch):
     monkeypatch.setattr(train, "published_parts", lambda config: {})
-    monkeypatch.setenv("COLUMNS", "999")
-    with pytest.raises(SystemExit):
-        train.parse_arguments(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    comments = dict(re.findall(r"\n    (\w+): .*# (.*)", Path(train.__file__).read_text()))
     expected = {"recipe": "lora", "connector": "patches", "vit.image_size": (64, 80), "bf16": True}
     given = ["--device=cpu"]
     for i, (name, old) in enumerate(train.flat(train.CPU).items(), 1):
-        flag, comment = name.replace("_", "-"), re.escape(comments[name.split(".")[0]])
+        flag = name.replace("_", "-")
         if isinstance(old, bool):
             expected.setdefault(name, not old)
             given.append(f"--{'' if expected[name] else 'no-'}{flag}")
         else:
             new = expected[name] = expected.get(name) or type(old)(i)
             given += [f"--{flag}", *map(str, new if isinstance(new, tuple) else [new])]
-        assert re.search(rf"--(no-)?{flag}\b((?! --).)* {comment}( --|$)", text), name
     assert train.flat(train.settings(train.parse_arguments(given), None)[0]) == expected
-
-
-@pytest.mark.parametrize("more, message", [
-    (["--batch-size=0"], "batch_size must be at least 1, got 0"), (["--val=x"], "need --data"),
-    ([f"--qformer-folder={GOLDEN / 'blip2'}"], "give --vit-folder"),
-    (["--half-frozen"], "--half-frozen needs --bf16"), (["--stage=align"], "vision.pt"),
-    (["--qformer.n-layers=1"], "must be at least 2"), (["--batch-size=1"], "ITM needs two samples"),
-    (["--scenes.n-colors=9"], "n_colors must be 1 to 6"),
-    (["--connector=patch-merge", "--vit.image-size", "40", "40"], "does not divide by 4"),
-    (["--qformer.n-heads=3"], "must be a multiple of n_heads 3"), (["--resume"], "resume.pt"),
-    (["--stage=language", f"--llm-folder={GOLDEN / 'llama'}"], "'language'. is not needed"),
-    (["--align=1"], "unrecognized arguments: --align=1"), (["--recipe=blip3"], "'blip3' .choose"),
-    (["--vit.dim=wide"], "--vit.dim: invalid int value: 'wide'")])
-def test_what_cannot_work_is_refused_before_anything_is_trained(more, message, tmp_path, capsys):
-    with pytest.raises((ValueError, FileNotFoundError, SystemExit)) as error:
-        run(tmp_path, *more)
-    assert re.search(message, f"{error.value} {capsys.readouterr().err}")
-    assert not list(tmp_path.glob("*.pt"))
 
 
 def test_a_stage_alone_takes_settings_and_tokenizer_from_before(out, finished, monkeypatch):
@@ -207,19 +244,27 @@ def test_a_stage_alone_takes_settings_and_tokenizer_from_before(out, finished, m
     assert alone["run"] == whole["run"] | {"save_every": 9} and same(alone["model"], whole["model"])
 
 
-@pytest.mark.parametrize("itc, itm, step, expected", [
-    (1, 1, 0, [1, 1]), (1, 0, 0, [1, 0]), (0, 1, 3, [0, 1]), (0, 0, 3, [0, 0]), (1, 1, 2, [0, 0])])
-def test_itc_and_itm_train_in_one_step_of_so_many_unless_without_weight(itc, itm, step, expected):
-    config = config_of(f"--itc-weight={itc}", f"--itm-weight={itm}", "--contrast-every=3")
+@pytest.mark.parametrize("itc, itm, step", [(0.3, 0.5, 0), (0.3, 0, 3), (0, 0.5, 3), (1, 1, 2)])
+def test_itc_and_itm_of_a_quarter_count_by_their_weights_in_one_step_of_so_many(itc, itm, step):
+    config = config_of(f"--itc-weight={itc}", f"--itm-weight={itm}", "--contrast-every=3",
+                       "--batch-size=12")
     model, collate, data = model_of(config, "vision")
+    model = MLLM(model.config).eval()  # as a fresh one starts: <s> differs from <dec>
     batch = next(iter(train.make_batches(config, "vision", data["vision"], collate)))
-    train.stage_loss(model, "vision", batch, step, config).backward()
-    heads = model.connector.itc_text, model.connector.itm_head, model.connector.lm_head[0]
-    assert [head.weight.grad is not None for head in heads] == [*expected, 1]
+    torch.manual_seed(1)
+    loss = train.stage_loss(model, "vision", batch, step, config)
+    qformer, images, text = model.connector, model.image_features(batch["images"]), batch["text"]
+    expected, queries = qformer.itg_loss(images, batch["to_generate"], batch["labels"])
+    if step % 3 == 0:
+        similarity = qformer.similarity(queries[:3], text[:3])
+        torch.manual_seed(1)
+        expected = expected + itc * qformer.itc_loss(similarity)
+        expected = expected + itm * qformer.itm_loss(images[:3], text[:3], similarity)
+    torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_optimizers_have_no_frozen_parameter_and_one_group_for_each_rate(stage):
+def test_optimizers_have_no_frozen_parameter_no_decay_and_one_group_for_each_rate(stage):
     config, listed = config_of("--recipe=xcomposer2"), []
     model, *_ = model_of(config, stage)
     parts = PRETRAINING.get(stage) or RECIPES["xcomposer2"][stage]
@@ -227,6 +272,7 @@ def test_optimizers_have_no_frozen_parameter_and_one_group_for_each_rate(stage):
         groups = optimizer.param_groups
         listed += [id(parameter) for group in groups for parameter in group["params"]]
         assert len({group["peak"] for group in groups}) == len(groups)
+        assert not any(group.get("weight_decay") for group in groups)
     trainable = [id(p) for name, p in model.named_parameters() if part_of(name) in parts]
     assert sorted(listed) == sorted(trainable)
 
@@ -235,10 +281,8 @@ def test_muon_steps_as_torch_s_own_does_bit_by_bit():
     torch.manual_seed(0)
     shapes = [(8, 4), (4, 8), (8, 4), (6, 6), (8, 4)]
     ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
-    groups = [[dict(params=matrices[:2], lr=0.1), dict(params=matrices[2:], lr=0.3)]
-              for matrices in (ours, theirs)]
-    optimizers = [train.Muon(groups[0], {}), torch.optim.Muon(
-        groups[1], weight_decay=0.0, adjust_lr_fn="match_rms_adamw")]
+    optimizers = [train.Muon([dict(params=ours, lr=0.1)], {}), torch.optim.Muon(
+        theirs, lr=0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")]
     for step in range(4):
         for i, (own, other) in enumerate(zip(ours, theirs)):  # each is left out once
             own.grad = other.grad = torch.randn(shapes[i]) if step != i else None
@@ -267,10 +311,23 @@ def test_each_parameter_is_trained_at_its_share_of_the_rate(stage, flag, expecte
     assert expected == pytest.approx({n: peak[id(model.get_parameter(n))] for n in expected})
 
 
-def test_the_rate_warms_up_to_its_peak_and_then_falls():
-    rates = [train.schedule(step, 100, 0.1) for step in range(100)]
-    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
-    assert rates[10] == 1 and rates[55] == pytest.approx(0.51) and 0.02 < rates[99] < 0.021
+def test_a_step_is_as_long_as_the_schedule_says_however_steep_the_loss(tmp_path, monkeypatch):
+    model, places = torch.nn.Linear(2, 1, bias=False), []
+    model.device = torch.device("cpu")
+
+    def steep_loss(*_):  # its gradient has a norm of 50
+        places.append(model.weight.detach().clone())
+        return model.weight @ torch.tensor([30.0, -40.0])
+
+    groups = [{"params": model.parameters(), "peak": 2.0}]
+    monkeypatch.setattr(train, "make_optimizers", lambda *_: [torch.optim.SGD(groups)])
+    monkeypatch.setattr(train, "make_batches", lambda *_, **__: [None] * 200)
+    monkeypatch.setattr(train, "stage_loss", steep_loss)
+    collate = Mock(**{"tokenizer.state": {}})
+    train.train_stage(model, "align", None, collate, config_of("--align-samples=800"), tmp_path)
+    rates = torch.cat(places).diff(dim=0).norm(dim=1) / 2.0
+    assert rates[:10].tolist() == pytest.approx([0.1 * (i + 1) for i in range(10)], rel=1e-4)
+    assert rates[[10, 105, 198]].tolist() == pytest.approx([1, 0.51, 0.02], abs=1e-3)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_and_changes_nothing(tmp_path, monkeypatch):
@@ -280,8 +337,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_changes_nothing(tmp_pat
     def spoil(model, stage, batch, step, config):
         before.update({name: weight.clone() for name, weight in model.state_dict().items()})
         loss = intact(model, stage, batch, step, config)
-        nothing = (loss - loss.detach()).sqrt()  # 0, but its gradient is infinite
-        return loss + nothing if step == 3 else loss
+        return loss * torch.inf if step == 3 else loss
 
     monkeypatch.setattr(train, "stage_loss", spoil)
     # The rate is 1e-2 (0.02 + 0.49 (1 + cos(0.4 pi))).
@@ -324,10 +380,9 @@ def own_data(folder, n=6):
     records = []
     for i, color in enumerate(("red", "blue") * (n // 2)):
         Image.new("RGB", (64, 32), color).save(folder / f"{i}.png")
-        texts = "<image>\nWhat color?", color, "And?", f"It is a large {color} wall, all of it."
-        records.append({"image": f"{i}.png", "conversations": [
-            {"from": who, "value": text} for who, text in zip(("human", "gpt") * 2, texts)]})
-    (folder / "data.json").write_text(json.dumps(records))
+        records.append(record("<image>\nWhat color?", color, "And?",
+                              f"It is a large {color} wall, all of it.", image=f"{i}.png"))
+    (folder / "data.json").write_text(json.dumps(records), encoding="utf-8")
     return folder / "data.json"
 
 
@@ -335,15 +390,15 @@ def sets_of(out, *more):
     """What a run trains each stage on, by its name, and what it asks in the end, by metric."""
     sets = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "run_stage", lambda stage, data, *_: sets.update({stage: data}))
+        patch.setattr(train, "init_model", lambda *_: (Mock(), set()))
+        patch.setattr(train, "run_stage", lambda *given: sets.update({given[2]: given[3]}))
         patch.setattr(train, "report", lambda stages, tests, *_: sets.update(tests))
         run(out, *more)
     return sets
 
 
 @pytest.mark.parametrize("stop_after", [2, 8])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-        stop_after, finished, tmp_path, monkeypatch):
+def test_a_resumed_run_equals_a_whole_one_to_the_bit(stop_after, finished, tmp_path, monkeypatch):
     save_file, saved = train.save_file, []
 
     def save_then_stop(*rest):
@@ -362,15 +417,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert not (tmp_path / "resume.pt").exists()  # nothing is left to resume
 
 
-def test_batches_depend_neither_on_the_workers_nor_on_where_a_run_went_on(tmp_path):
+def test_batches_depend_neither_on_the_workers_nor_on_where_a_run_went_on(tmp_path, monkeypatch):
     dataset = sets_of(tmp_path, f"--data={own_data(tmp_path)}")["align"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
     _, collate, _ = model_of(config_of(), "align")
     whole, later = (list(train.make_batches(config_of("--data=x", f"--workers={n}"), "align",
                                             dataset, collate, first_step=n)) for n in (0, 1))
     assert len(later) == 2 and all(map(same, later, whole[1:]))
 
 
-def test_no_scene_comes_twice_in_a_run_and_own_records_once_in_each_pass():
+def test_scenes_to_ask_about_are_none_to_train_on_and_one_metric_is_of_unseen_pairs():
+    data, tests = train.scene_sets(config_of())
+    assert {scenes.split for scenes in data.values()} == {"train"}  # test_data.py: what these are
+    assert [scenes.split for scenes in tests.values()] == ["test", "unseen", "test", "test"]
+
+
+def test_no_scene_comes_twice_in_a_run_and_own_samples_once_in_each_pass():
     orders = [[*train.make_batches(config_of(), stage, [], Mock()).sampler] for stage in STAGES]
     assert sorted(sum(orders, [])) == [*range(48)]
     order = [*train.make_batches(config_of("--data=x"), "instruct", [*range(5)], Mock()).sampler]
@@ -378,11 +440,12 @@ def test_no_scene_comes_twice_in_a_run_and_own_records_once_in_each_pass():
 
 
 def test_questions_are_drawn_from_all_pictures_that_are_held_out_of_training(tmp_path):
-    sets = sets_of(tmp_path, f"--data={own_data(tmp_path, 160)}", "--eval-samples=4")
-    asked, *trained = ({str(sample.images) for sample in conversations.samples} for conversations
-                       in (sets["qa_accuracy"].dataset, *map(sets.get, STAGES[1:])))
+    data = own_data(tmp_path, 160)
+    sets, few = (sets_of(tmp_path, f"--data={data}", f"--eval-samples={n}") for n in (99, 4))
+    asked, *trained = ({str(sample.images) for sample in sets[name]}
+                       for name in ("qa_accuracy", *STAGES[1:]))
     assert len(asked) == 8 and all(len(each) == 152 and not each & asked for each in trained)
-    assert len(sets["qa_accuracy"]) == 4 and max(sets["qa_accuracy"].indices) >= 8  # of 16
+    assert max(int(sample.images[0].stem) for sample in few["qa_accuracy"]) > 80
 
 
 @pytest.mark.parametrize("flags, n", [(["--connector=patches", "--max-len=106"], 6), (
@@ -396,17 +459,10 @@ def test_records_too_long_with_the_tokens_of_their_images_are_left_out(flags, n,
 
 
 def test_metrics_hold_every_promised_number_and_answers_and_pictures_exist(finished):
-    metrics = json.loads((finished / "metrics.json").read_text())
+    metrics, answers = (json.loads((finished / f"{name}.json").read_text(encoding="utf-8"))
+                        for name in ("metrics", "answers"))
     qa = [f"qa_accuracy{which}" for which in ("", "_blind", "_floor", "_unseen")]
     assert all(0 <= metrics[name] <= 1 for name in (*qa, "description_exact", "reading_accuracy"))
     assert metrics["seconds"] == pytest.approx(sum(metrics["seconds_by_stage"].values()))
-    assert metrics["seconds_by_stage"].keys() - {"evaluate"} == metrics["loss_at_end"].keys()
-    assert len(json.loads((finished / "answers.json").read_text())) == 6 + 6 + 3 + 3
+    assert len(answers) == 6 + 6 + 3 + 3 and metrics["loss_at_end"].keys() == {*STAGES}
     assert all(Image.open(finished / name).width > 300 for name in ("curves.png", "samples.png"))
-
-
-def test_own_wide_pictures_go_through_all_stages(tmp_path):
-    run(tmp_path, f"--data={own_data(tmp_path)}", f"--val={tmp_path / 'data.json'}", "--augment",
-        "--eval-samples=12", "--vit.image-size", "48", "96")
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["qa_accuracy_floor"] == 3 / 12  # four answers, each to three questions
