@@ -552,7 +552,7 @@ def parse_record(record, folder):
         if speakers[:1] == ["system"]:  # goes before the first question
             texts = [" ".join(texts[:2]), *texts[2:]]
             speakers = speakers[1:]
-        check(len(texts) > 0 and speakers == ["human", "gpt"] * (len(texts) // 2),
+        check(len(speakers) > 0 and speakers == ["human", "gpt"] * (len(texts) // 2),
               f"expected pairs from 'human' and 'gpt', got {speakers}")
     elif "class" in record:
         question_type, texts = "class", [f"<image> {CLASS}", record["class"]]
@@ -595,24 +595,25 @@ def clean_caption(text):
     # A sentence ends in a sign. What comes after the last one is unfinished. In Chinese and
     # Japanese no space follows.
     end = r"[.!?؟।۔][\"')’”]*(?=\s|$)|[。！？][”’」』]*"
-    # Scripts without spaces between words have letters of the category Lo: each counts as a word.
-    # Some of them, like Thai, have no signs at the end either.
-    n_other = sum(unicodedata.category(sign) == "Lo" for sign in text)
+    # Thai, Lao, Burmese, Khmer, Japanese and Chinese have no spaces between words, so each letter
+    # counts as one. Thai has no sign at the end of a sentence either.
+    unspaced = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]"
+    n_unspaced = len(re.findall(unspaced, text))
     sentences = re.findall(rf"\S.*?(?:{end})", text, re.DOTALL)
-    for sentence in sentences or [text] * (n_other > 0):
+    for sentence in sentences or [text] * (n_unspaced > 0):
         words = tuple(re.findall(r"\w+", sentence.lower()))
         # "Mr." and the like may come again.
         if words and (words not in known or len("".join(words)) < 5):
             kept.append(" ".join(sentence.split()))
         known.add(words)
     text = re.sub("([。！？][”’」』]*) ", r"\1", " ".join(kept))
-    return text if len(re.findall(r"\w+", text)) + n_other >= 5 else ""
+    return text if len(re.findall(r"\w+", text)) + n_unspaced >= 5 else ""
 
 
 def read_records(path):
     """The records of a file or folder, not yet looked into. Raises ValueError."""
     if path.is_dir():
-        for file in path.glob("*.json*"):
+        for file in path.glob("[!.]*.json*"):
             raise ValueError(f"{path} has {file.name} beside its folders: give --data {file}")
         for folder, subfolders, files in os.walk(path, followlinks=True):
             subfolders[:] = sorted(name for name in subfolders if name[0] != ".")

@@ -680,7 +680,7 @@ def join_processes(device):
     if world > 1:
         distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
         if rank > 0:
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
         if device.startswith("cuda"):
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)

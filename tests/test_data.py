@@ -333,8 +333,8 @@ def test_hold_out_draws_a_twentieth_of_all_pictures_and_parts_no_samples_that_sh
 
 
 def test_each_turn_is_a_question_after_the_true_turns_before_it_and_all_its_answers_are_right():
-    turns, more = [("<image> q", "x"), ("why?", "y"), ("<image> and?", "z")], [("<image> q", "w")]
-    more += turns[1:2]
+    turns = [("<image> q", "x"), ("why?", "y"), ("<image> and?", "z")]
+    more = [("<image> q", "w"), ("why?", "y")]
     asked = questions_of([Sample([*"br"], turns), Sample([*"rb"], turns), Sample([*"br"], more)])
     assert [each.turns for each in asked] == [turns[:n] for n in (1, 2, 3)] * 2 + [more]
     assert ["".join(each.images) for each in asked] == ["b", "b", "br", "r", "r", "rb", "b"]

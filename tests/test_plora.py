@@ -49,13 +49,15 @@ def test_a_fresh_adapter_changes_nothing_and_yet_gets_a_gradient():
     assert layer.lora_B.grad.abs().sum() > 0
 
 
-def test_image_tokens_equal_a_slow_reference():
+def test_image_tokens_equal_a_slow_reference_and_text_tokens_give_adapters_a_gradient_of_zero():
     layer, (x, is_image) = make_layer(), make_input()
     y = layer(x, is_image)
     for b, t in is_image.nonzero().tolist():
         delta = layer.lora_B @ (layer.lora_A @ x[b, t])
         expected = layer.weight @ x[b, t] + layer.bias + 12 / 3 * delta
         torch.testing.assert_close(y[b, t], expected)
+    y[~is_image].square().sum().backward()
+    assert not layer.lora_A.grad.any() and not layer.lora_B.grad.any()
 
 
 def test_only_a_trainable_adapter_in_training_drops_and_only_from_its_delta():

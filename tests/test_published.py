@@ -73,6 +73,12 @@ def test_published_tokenizers_give_the_ids_of_their_library_and_the_text_back(fa
         assert "\u2581" in text or tokenizer.decode(ids) == text  # U+2581 stands for a space there
 
 
+def test_bytes_that_a_vocabulary_lacks_are_dropped():
+    tokenizer, whole = (tokenizer_in(GOLDEN / "tokenizers/qwen2") for _ in range(2))
+    del tokenizer.vocab["j"]
+    assert tokenizer.encode(" tjhe just") == whole.encode(" the ust")  # what is left may be merged
+
+
 @pytest.mark.parametrize("family", IDS)
 def test_text_cannot_fake_an_added_token_or_a_mark_of_ours(family):
     tokenizer = tokenizer_in(GOLDEN / "tokenizers" / family)

@@ -27,11 +27,6 @@ def test_the_table_of_recipes_is_the_one_in_the_code():
                                list(row["instruct"])) for recipe, row in train.RECIPES.items()}
 
 
-def test_every_module_is_in_the_reading_order_and_there_is_no_other():
-    named = set(re.findall(r"^\| \[(\w+\.py)\]", README, re.MULTILINE))
-    assert named == {path.name for path in ROOT.glob("*.py")}
-
-
 def test_the_commands_parse_and_every_flag_in_the_text_is_known(monkeypatch):
     joined = README.replace("\\\n", " ")  # a command may go on in the next line
     commands = re.findall(r"^ *python ((?:train|sample)\.py[^#\n]*)", joined, re.MULTILINE)

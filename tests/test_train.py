@@ -138,14 +138,13 @@ def test_pictures_may_grow_in_a_later_stage_and_positions_are_interpolated(out):
     (f"--llm-folder={GOLDEN / 'llama'}", {}, "--decoder.*: the published weights have"),
     (f"--llm-folder={GOLDEN / 'llama'} --stage=language", None, "'language'. is not needed"),
     (f"--qformer-folder={GOLDEN / 'blip2'}", None, "give --vit-folder"),
-    ("--stage=align", None, "vision.pt"), ("--val=x", {}, "need --data"),
-    ("--half-frozen", {}, "needs --bf16"), ("--qformer.n-layers=1", {}, "must be at least 2"),
-    ("--batch-size=1", {}, "two samples"), ("--scenes.n-colors=9", {}, "n_colors must be 1 to 6"),
     ("--connector=patch-merge --vit.image-size 40 40", {}, "does not divide by 4"),
-    ("--vit.n-heads=3", {}, "n_heads 3"), ("--recipe=b", {}, "'b' .choose"),
-    ("--device=cuda:77", {}, "has no such device"), ("--vit.dim=x", {}, "--vit.dim: .*'x'"),
-    ("--batch-size=0", {}, "--batch-size: .*at least 1"), ("--align-lr=inf", {}, "--align-lr: "),
-    ("--align=1", {}, "unrecognized arguments: --align=1")])
+    ("--scenes.n-colors=9", {}, "n_colors must be 1 to 6"), ("--align-lr=inf", {}, "--align-lr: "),
+    ("--align=1", {}, "unrecognized arguments: --align=1"), ("--half-frozen", {}, "needs --bf16"),
+    ("--batch-size=0", {}, "--batch-size: .*at least 1"), ("--vit.dim=x", {}, "--vit.dim: .*'x'"),
+    ("--qformer.n-layers=1", {}, "must be at least 2"), ("--batch-size=1", {}, "two samples"),
+    ("--device=cuda:77", {}, "has no such device"), ("--stage=align", None, "vision.pt"),
+    ("--vit.n-heads=3", {}, "n_heads 3"), ("--recipe=b", {}, "choose"), ("--val=x", {}, "--data")])
 def test_a_refused_command_changes_no_file(more, content, message, out, capsys, monkeypatch):
     if content is None:  # nothing is there, and no sizes are given
         shutil.rmtree(out)
