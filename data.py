@@ -555,7 +555,7 @@ def parse_record(record, folder):
         check(len(speakers) > 0 and speakers == ["human", "gpt"] * (len(texts) // 2),
               f"expected pairs from 'human' and 'gpt', got {speakers}")
     elif "class" in record:
-        question_type, texts = "class", [f"<image> {CLASS}", record["class"]]
+        question_type, texts = "class", [f"<image> {CLASS}", record["class"].strip()]
         check(bool(texts[1]), f"{files} is in no class folder")
     else:
         check("caption" in record, "there are no 'conversations' in it")
@@ -635,7 +635,8 @@ def read_records(path):
         header = table.fieldnames or []
         check({"image", "caption"} <= {*header},
               f"{path}: the first line of a table must be image,caption, not {header}")
-        yield from table
+        for row in table:  # other columns mean nothing here
+            yield {"image": row["image"], "caption": row["caption"]}
     elif text.lstrip().startswith("["):
         yield from json.loads(text)
     else:  # a record a line, whatever the file is called
@@ -670,19 +671,25 @@ def read_own_data(path, images=""):
         classes = {sample.turns[0][1] for sample in samples}
         check(len(classes) > 1, f"{path}: all pictures are of one class, {classes}; give a folder "
               "with a folder for each class, or a JSON or a table of captions")
+        print(f"{path}: {len(classes)} classes, {', '.join(sorted(classes)[:10])}")
         for subfolder in path.iterdir():
-            if subfolder.is_dir() and subfolder.name[0] != "." and subfolder.name not in classes:
+            if subfolder.is_dir() and subfolder.name[0] != "." and (
+                    subfolder.name.strip() not in classes):
                 print(f"{path}: the class {subfolder.name!r} has no picture")
     return samples
 
 
 def hold_out(samples):
-    """Split off a twentieth of all pictures, drawn at random, with all that is asked about them.
-    The draw is always the same: no stage trains on what another one holds out.
-    Returns (samples to train on, samples to measure on)."""
+    """Split off a twentieth of all pictures, with all that is asked about them.
+    They are drawn by a hash of their names, so that the draw stays nearly the same when pictures
+    come or go. Returns (samples to train on, samples to measure on)."""
+    def order(picture):
+        name = "/".join(Path(str(picture)).parts[-2:])  # folder and file: data may be moved
+        return zlib.crc32(name.encode("utf-8", "replace")), str(picture)
+
     pictures = [sample.images or [str(sample.turns)] for sample in samples]
-    different = list(dict.fromkeys(picture for each in pictures for picture in each))
-    chosen = set(random.Random(0).sample(different, math.ceil(len(different) / 20)))
+    different = {picture for each in pictures for picture in each}
+    chosen = set(sorted(different, key=order)[:math.ceil(len(different) / 20)])
     n_chosen = 0
     while len(chosen) > n_chosen:  # a sample with several pictures takes its other ones along
         n_chosen = len(chosen)

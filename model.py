@@ -599,6 +599,8 @@ def load_file(path):
 def load_model(path):
     """(the model of a checkpoint, all that it holds): {"config", "model", ...}."""
     content = load_file(path)
+    if "config" not in content:
+        raise ValueError(f"{path} is not a checkpoint of a finished stage")
     model = MLLM(ModelConfig(**content["config"]))
     model.load_state_dict(content["model"])
     return model, content

@@ -82,9 +82,9 @@ def answer(model, samples, collate):
 def other_images(samples, i):
     """The pictures of another sample, none of which is in sample i. None if there are none."""
     own, n = samples[i].images, len(samples)
-    for step in range(n):  # from far away: neighbors may share a picture
+    for step in range(n if own else 0):  # from far away: neighbors may share a picture
         images = samples[(i + n // 2 + step) % n].images
-        if len(images) == len(own) > 0 and not any(image in own for image in images):
+        if len(images) == len(own) and not any(image in own for image in images):
             return images
     return None
 
@@ -143,7 +143,7 @@ def evaluate(model, tests, collate, batch_size):
         for record in records:
             groups[record["type"]].append(record)
         for group in groups.values():
-            counts = Counter(text for record in group for text in record["accepted"])
+            counts = Counter(text for record in group for text in {*record["accepted"]})
             floor = counts.most_common(1)[0][0]
             for record in group:
                 record |= {"test": name, "floor_right": floor in record["accepted"]}
