@@ -66,10 +66,13 @@ def answer(model, samples, collate):
         labels[:len(ids)] = IGNORED
     is_answer = batch["labels"][:, 1:] != IGNORED
     lengths = is_answer.sum(dim=1).tolist()
+    longest_prompt = max(len(prompt) for prompt in prompts)
+    if len(samples) > 1 and longest_prompt + max(lengths) > model.config.max_len:
+        # A long prompt would cut the answer to another one short: one by one, then.
+        return [answer(model, [sample], collate)[0] for sample in samples]
     logits, _ = model(**batch)  # those of all answers in one row: split again below
     targets = batch["labels"][:, 1:][is_answer]
     losses = F.cross_entropy(logits.float().cpu(), targets, reduction="none").split(lengths)
-    longest_prompt = max(len(prompt) for prompt in prompts)
     n_tokens = max(1, min(max(lengths), model.config.max_len - longest_prompt))
     steps = list(model.generate(prompts, batch["images"], n_tokens, tokenizer.end_id))
     answers = []
