@@ -598,23 +598,24 @@ def clean_caption(text):
     # Thai, Lao, Burmese, Khmer, Japanese and Chinese have no spaces between words, so each letter
     # counts as one. Thai has no sign at the end of a sentence either.
     unspaced = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]"
-    n_unspaced = len(re.findall(unspaced, text))
     sentences = re.findall(rf"\S.*?(?:{end})", text, re.DOTALL)
-    for sentence in sentences or [text] * (n_unspaced > 0):
+    if not sentences and re.search(unspaced, text):
+        sentences = [text]
+    for sentence in sentences:
         words = tuple(re.findall(r"\w+", sentence.lower()))
         # "Mr." and the like may come again.
         if words and (words not in known or len("".join(words)) < 5):
             kept.append(" ".join(sentence.split()))
         known.add(words)
     text = re.sub("([。！？][”’」』]*) ", r"\1", " ".join(kept))
-    return text if len(re.findall(r"\w+", text)) + n_unspaced >= 5 else ""
+    return text if len(re.findall(rf"{unspaced}|\w+", text)) >= 5 else ""
 
 
 def read_records(path):
     """The records of a file or folder, not yet looked into. Raises ValueError."""
     if path.is_dir():
-        for file in path.glob("[!.]*.json*"):
-            raise ValueError(f"{path} has {file.name} beside its folders: give --data {file}")
+        beside = " or ".join(str(file) for file in path.glob("[!.]*.json*"))
+        check(not beside, f"{path} has a JSON beside its folders: give --data {beside}")
         for folder, subfolders, files in os.walk(path, followlinks=True):
             subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
             place = Path(folder).relative_to(path)
@@ -672,9 +673,8 @@ def read_own_data(path, images=""):
         check(len(classes) > 1, f"{path}: all pictures are of one class, {classes}; give a folder "
               "with a folder for each class, or a JSON or a table of captions")
         print(f"{path}: {len(classes)} classes, {', '.join(sorted(classes)[:10])}")
-        for subfolder in path.iterdir():
-            if subfolder.is_dir() and subfolder.name[0] != "." and (
-                    subfolder.name.strip() not in classes):
+        for subfolder in path.glob("[!.]*/"):
+            if subfolder.name.strip() not in classes:
                 print(f"{path}: the class {subfolder.name!r} has no picture")
     return samples
 

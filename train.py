@@ -382,10 +382,10 @@ def report(stages, tests, config, out, device):
         draw_curves(losses, out / "curves.png")
     print(f"\n{metrics['seconds']:.0f} s; {out}/ has {', '.join(names)}")
     if stages:
-        print(f"Try: python sample.py --out {out}", end="")
+        hint = f"python sample.py --out {out}"
         for path in tests["qa_accuracy"][0].images if config.data else []:
-            print(f" --image '{path}'", end="")
-        print()
+            hint += f" --image '{path}'"
+        print(f"Try: {hint}")
 
 
 def main():
@@ -758,7 +758,7 @@ def is_fixed(name, stage, trained):
     """Whether a setting cannot change before this stage. trained: the parts that are trained."""
     if stage == "evaluate":
         return name not in ("data", "val", "images", "eval_samples", "batch_size", "bf16", "seed")
-    if name.startswith(STAGES[:STAGES.index(stage)]):  # the samples of a stage that is over
+    if name.startswith(STAGES[:STAGES.index(stage)]):  # of a stage that is over
         return True
     field, _, key = name.partition(".")
     if key in ("r", "alpha"):
@@ -793,13 +793,14 @@ def settings(arguments, state):
             print(f"{config.data} was trained on: answers about it prove little")
     if flags.get("data", config.data) not in (config.data, config.val):
         flags = {"val": "", "images": ""} | flags  # what is stored belongs to other data
+    stored = config
     for name, value in flags.items():
         field, _, key = name.partition(".")
         if key:
             value = getattr(config, field) | {key: value}
         config = replace(config, **{field: value})
     if earlier:
-        old, new = flat(Config(**earlier["run"])), flat(config)
+        old, new = flat(stored), flat(config)
         changed = [name.replace("_", "-") for name in old if old[name] != new[name]
                    and (state or is_fixed(name, arguments.stage, earlier["trained"]))]
         check(not changed, f"the run in {arguments.out} was begun with other settings: leave out "

@@ -311,7 +311,7 @@ def test_annotations_are_cleaned_and_answer_an_instruction(tmp_path, capsys):
     ("Mr. Fox ran 3.5 km. Mr. Hare slept.", "Mr. Fox ran 3.5 km. Mr. Hare slept."),
     ("A price <5 dollars and > 3, 3×4 m. <b>A cat</b> sat.", "A price <5 dollars and > 3, 3×4 m. "
      "A cat sat."), ("A dog runs.", ""), ("a dog runs on the green grass", ""), ("", ""),
-    ("一只狗在草地上跑。一只狗在草地上跑。它是棕色的！狗", "一只狗在草地上跑。它是棕色的！"),
+    ("一只狗在草地上跑。一只狗在草地上跑。它是棕色的！狗", "一只狗在草地上跑。它是棕色的！"), ("犬。犬が走る公", ""),
     ("犬が「わん」と鳴く。犬", "犬が「わん」と鳴く。"), ("هل هذا كلب بني كبير؟ نعم", "هل هذا كلب بني كبير؟")])
 def test_captions_are_cleaned_as_by_hand(text, cleaned):
     assert clean_caption(text) == clean_caption(cleaned) == cleaned
